@@ -1,0 +1,28 @@
+"""Configuration of all tests: float64 is available, so that oracles can be met to rounding."""
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def keys():
+    """An endless supply of fixed keys."""
+
+    def generate():
+        key = jax.random.key(0)
+        while True:
+            key, new = jax.random.split(key)
+            yield new
+
+    return generate()
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the run-time type checks off, so that wrong arguments meet the package's own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,70 @@
+"""Small Flax models that several tests share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import tkfac_jax as tkfac
+
+
+def as_float64(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+
+
+class Mlp(nn.Module):
+    """Three Dense layers, the second without bias."""
+
+    widths: tuple[int, ...] = (5, 4, 3)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(self.widths[0], dtype=jnp.float64)(x))
+        x = nn.tanh(nn.Dense(self.widths[1], use_bias=False, dtype=jnp.float64)(x))
+        return nn.Dense(self.widths[2], dtype=jnp.float64)(x)
+
+
+class ConvNet(nn.Module):
+    """A convolution with BatchNorm (in training mode where its state is mutable) and a Dense layer."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Conv(4, (3, 3), strides=2, dtype=self.dtype, param_dtype=self.dtype)(x)
+        x = nn.BatchNorm(
+            use_running_average=not train, dtype=self.dtype, param_dtype=self.dtype
+        )(x)
+        x = nn.relu(x).reshape(len(x), -1)
+        return nn.Dense(3, dtype=self.dtype, param_dtype=self.dtype)(x)
+
+
+def mlp_problem(batch=6, d_in=4):
+    """A float64 Mlp with classification data: predict, params, inputs, targets, layers."""
+    model = Mlp()
+    inputs = jax.random.normal(jax.random.key(1), (batch, d_in), jnp.float64)
+    targets = jax.random.randint(jax.random.key(2), (batch,), 0, 3)
+    params = as_float64(model.init(jax.random.key(3), inputs)["params"])
+    # Biases that are not zero, so that a misplaced bias row cannot hide.
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+
+    def predict(params, inputs):
+        return model.apply({"params": params}, inputs)
+
+    return predict, params, inputs, targets, tkfac.find_layers(predict, params, inputs)
+
+
+def convnet_problem(batch=8, dtype=jnp.float32):
+    """A ConvNet with classification data: predict (with aux), params, batch_stats, inputs, targets, layers."""
+    model = ConvNet(dtype)
+    inputs = jax.random.normal(jax.random.key(1), (batch, 6, 6, 2), dtype)
+    targets = jax.random.randint(jax.random.key(2), (batch,), 0, 3)
+    variables = model.init(jax.random.key(3), inputs)
+
+    def predict(params, batch_stats, inputs):
+        outputs, new = model.apply(
+            {"params": params, "batch_stats": batch_stats}, inputs, mutable=["batch_stats"]
+        )
+        return outputs, new["batch_stats"]
+
+    layers = tkfac.find_layers(predict, variables["params"], variables["batch_stats"], inputs)
+    return predict, variables["params"], variables["batch_stats"], inputs, targets, layers

@@ -1,0 +1,170 @@
+"""Slow, obvious references in NumPy float64. They share no code with the package."""
+
+import numpy as np
+
+
+def explicit_padding(size, span, stride, padding, axis):
+    """Low and high padding of one spatial axis, from the definitions of the padding names."""
+    if padding == "VALID":
+        return 0, 0
+    if padding == "SAME":
+        outputs = -(-size // stride)
+        total = max((outputs - 1) * stride + span - size, 0)
+        return total // 2, total - total // 2
+    if padding in ("CIRCULAR", "REFLECT"):
+        return (span - 1) // 2, span // 2
+    if isinstance(padding, int):
+        return padding, padding
+    pad = padding[axis]
+    return (pad, pad) if isinstance(pad, int) else pad
+
+
+def patches(image, window, strides, padding, dilation):
+    """What each output location of a convolution sees: `(locations, taps * channels)`."""
+    image = np.asarray(image, np.float64)
+    spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
+    pads = [
+        explicit_padding(image.shape[i], spans[i], strides[i], padding, i) for i in range(2)
+    ]
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(str(padding), "constant")
+    padded = np.pad(image, [*pads, (0, 0)], mode=mode)
+    rows = []
+    for top in range(0, padded.shape[0] - spans[0] + 1, strides[0]):
+        for left in range(0, padded.shape[1] - spans[1] + 1, strides[1]):
+            taps = [
+                padded[top + i * dilation[0], left + j * dilation[1]]
+                for i in range(window[0])
+                for j in range(window[1])
+            ]
+            rows.append(np.concatenate(taps))
+    return np.stack(rows)
+
+
+def with_one(rows):
+    """Appends the homogeneous coordinate of a bias."""
+    return np.concatenate([rows, np.ones((*rows.shape[:-1], 1))], axis=-1)
+
+
+def trace_restricted(inputs, gradients):
+    """Eqs. (4.9) and (4.13): example by example, location by location.
+
+    Args:
+      inputs: `(batch, locations, d_in)`.
+      gradients: `(batch, locations, d_out)`.
+    """
+    inputs, gradients = np.asarray(inputs, np.float64), np.asarray(gradients, np.float64)
+    input_moment = np.zeros((inputs.shape[-1],) * 2)
+    output_moment = np.zeros((gradients.shape[-1],) * 2)
+    trace = 0.0
+    for example_inputs, example_gradients in zip(inputs, gradients, strict=True):
+        for a, u in zip(example_inputs, example_gradients, strict=True):
+            lambda_, gamma = np.outer(a, a), np.outer(u, u)
+            input_moment += np.trace(gamma) * lambda_
+            output_moment += np.trace(lambda_) * gamma
+            trace += np.trace(lambda_) * np.trace(gamma)
+    return input_moment / len(inputs), output_moment / len(inputs), trace / len(inputs)
+
+
+def independent(inputs, gradients):
+    """KFAC: sums over locations for the inputs, means over locations for the gradients."""
+    inputs, gradients = np.asarray(inputs, np.float64), np.asarray(gradients, np.float64)
+    input_moment = np.mean([a.T @ a for a in inputs], axis=0)
+    output_moment = np.mean([u.T @ u / len(u) for u in gradients], axis=0)
+    return input_moment, output_moment, 1.0
+
+
+def fisher_block(inputs, gradients):
+    """The block under the assumption of uncorrelated locations, Eqs. (4.2) and (4.11)."""
+    block = 0.0
+    for example_inputs, example_gradients in zip(inputs, gradients, strict=True):
+        for a, u in zip(example_inputs, example_gradients, strict=True):
+            block = block + np.kron(np.outer(a, a), np.outer(u, u))
+    return block / len(inputs)
+
+
+def output_fisher(likelihood, outputs):
+    """The Fisher of one position's distribution, with respect to its parameters."""
+    outputs = np.asarray(outputs, np.float64)
+    if likelihood == "categorical":
+        p = np.exp(outputs - outputs.max())
+        p /= p.sum()
+        return np.diag(p) - np.outer(p, p)
+    if likelihood == "bernoulli":
+        p = 1 / (1 + np.exp(-outputs))
+        return np.diag(p * (1 - p))
+    variance = likelihood
+    return np.eye(len(outputs)) / variance
+
+
+def normalised(moments):
+    """Phi, Psi and delta of Eq. (4.9)."""
+    input_moment, output_moment, trace = moments
+    return input_moment / trace, output_moment / trace, trace
+
+
+def normal_damping(factors, damping):
+    """Eq. (5.15)."""
+    phi, psi, delta = factors
+    return (
+        np.sqrt(delta) * phi + np.sqrt(damping) * np.eye(len(phi)),
+        np.sqrt(delta) * psi + np.sqrt(damping) * np.eye(len(psi)),
+    )
+
+
+def trace_damping(factors, kinds, floor, dense_damping):
+    """Eqs. (5.16) and (5.17): for each layer its damped factors."""
+    beta = max(max(floor, delta) / delta for _, _, delta in factors.values())
+    damped = {}
+    for name, (phi, psi, delta) in factors.items():
+        if kinds[name] == "dense":
+            damped[name] = normal_damping((phi, psi, beta * delta), dense_damping)
+        else:
+            d = max(floor, delta)
+            damped[name] = (
+                np.sqrt(d) * phi + d / len(phi) * np.eye(len(phi)),
+                np.sqrt(d) * psi + d / len(psi) * np.eye(len(psi)),
+            )
+    return damped
+
+
+def algorithm_1(
+    params, gradients_at, statistics_at, damp, steps, alpha, tau, epsilon, t_fim, t_inv
+):
+    """Algorithm 1 of the paper, for layers given as matrices `(d_in, d_out)`.
+
+    Args:
+      params: from a layer's name to its matrix.
+      gradients_at: from params to gradients, of the same form.
+      statistics_at: from params to the layers' moments.
+      damp: from normalised factors to damped ones, by layer.
+      steps, alpha, tau, epsilon, t_fim, t_inv: as in the paper.
+    """
+    averaged, inverses = None, None
+    momentum = {name: np.zeros_like(w) for name, w in params.items()}
+    for t in range(steps):
+        if t % t_fim == 0:
+            moments = statistics_at(params)
+            new = damp({name: normalised(m) for name, m in moments.items()})
+            if averaged is None:
+                averaged = new
+            else:
+                averaged = {
+                    name: tuple(
+                        epsilon * old + (1 - epsilon) * fresh
+                        for old, fresh in zip(averaged[name], new[name], strict=True)
+                    )
+                    for name in new
+                }
+        if t % t_inv == 0:
+            inverses = {
+                name: (np.linalg.inv(phi), np.linalg.inv(psi))
+                for name, (phi, psi) in averaged.items()
+            }
+        gradients = gradients_at(params)
+        params = dict(params)
+        for name, gradient in gradients.items():
+            phi_inverse, psi_inverse = inverses[name]
+            zeta = -alpha * phi_inverse @ gradient @ psi_inverse
+            momentum[name] = tau * momentum[name] + zeta
+            params[name] = params[name] + momentum[name]
+    return params

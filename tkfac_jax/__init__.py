@@ -1,0 +1,44 @@
+"""TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
+
+from tkfac_jax.capture import LayerStatistics, independent, trace_restricted
+from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
+from tkfac_jax.factors import KroneckerFactors
+from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
+from tkfac_jax.layers import Layers, LayerSpec, find_layers
+from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from tkfac_jax.statistics import (
+    Statistics,
+    empirical_fisher,
+    sampled_fisher,
+    value_and_grad_with_fisher,
+)
+from tkfac_jax.training import make_train_step
+from tkfac_jax.transform import TkfacState, kfac, scale_by_tkfac, tkfac
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "KroneckerFactors",
+    "KroneckerInverses",
+    "LayerSpec",
+    "LayerStatistics",
+    "Layers",
+    "Likelihood",
+    "Normal",
+    "Statistics",
+    "TkfacState",
+    "cholesky_inverse",
+    "empirical_fisher",
+    "factored_damping",
+    "find_layers",
+    "independent",
+    "kfac",
+    "make_train_step",
+    "normal_damping",
+    "sampled_fisher",
+    "scale_by_tkfac",
+    "tkfac",
+    "trace_damping",
+    "trace_restricted",
+    "value_and_grad_with_fisher",
+]

@@ -1,0 +1,213 @@
+"""Damping: what is added to the Kronecker factors before they are inverted.
+
+A damping has one method, `damp(factors, layers, step)`, which sees all layers at once because the
+trace damping of dense layers depends on the convolutions. All values of damping are in units of
+curvature, so that a damping of `lambda` means adding `lambda` times the identity to the Fisher.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tkfac_jax.factors import KroneckerFactors
+from tkfac_jax.layers import LayerSpec
+
+Value = float | Array | Callable[[Array], Any]
+
+
+@runtime_checkable
+class Damping(Protocol):
+    """What the optimizer needs of a damping."""
+
+    def damp(
+        self,
+        factors: Mapping[str, KroneckerFactors],
+        layers: Mapping[str, LayerSpec],
+        step: Array,
+    ) -> dict[str, KroneckerFactors]:
+        """The damped factors of all layers; `delta` is handed on as it is."""
+        ...
+
+
+class NormalDamping(NamedTuple):
+    """See `normal_damping`."""
+
+    value: Value
+
+    def damp(
+        self,
+        factors: Mapping[str, KroneckerFactors],
+        layers: Mapping[str, LayerSpec],
+        step: Array,
+    ) -> dict[str, KroneckerFactors]:
+        """Damps all layers by Eq. (5.15)."""
+        del layers
+        return {
+            name: _normal(layer, layer.delta, _at(self.value, step))
+            for name, layer in factors.items()
+        }
+
+
+class TraceDamping(NamedTuple):
+    """See `trace_damping`."""
+
+    floor: Value
+    dense_damping: Value
+
+    def damp(
+        self,
+        factors: Mapping[str, KroneckerFactors],
+        layers: Mapping[str, LayerSpec],
+        step: Array,
+    ) -> dict[str, KroneckerFactors]:
+        """Damps convolutions by Eq. (5.16) and dense layers by Eqs. (5.17) and (5.15)."""
+        floor, dense_damping = _at(self.floor, step), _at(self.dense_damping, step)
+        expansion = _expansion([layer.delta for layer in factors.values()], floor)
+        damped = {}
+        for name, layer in factors.items():
+            if layers[name].kind == "dense":
+                delta = layer.delta * expansion.astype(layer.delta.dtype)
+                damped[name] = _normal(layer, delta, dense_damping)
+            else:
+                delta = jnp.maximum(layer.delta, jnp.asarray(floor, layer.delta.dtype))
+                damped[name] = KroneckerFactors(
+                    _add_to_diagonal(jnp.sqrt(delta) * layer.phi, delta / len(layer.phi)),
+                    _add_to_diagonal(jnp.sqrt(delta) * layer.psi, delta / len(layer.psi)),
+                    layer.delta,
+                )
+        return damped
+
+
+class FactoredDamping(NamedTuple):
+    """See `factored_damping`."""
+
+    value: Value
+
+    def damp(
+        self,
+        factors: Mapping[str, KroneckerFactors],
+        layers: Mapping[str, LayerSpec],
+        step: Array,
+    ) -> dict[str, KroneckerFactors]:
+        """Damps all layers by factored Tikhonov damping."""
+        del layers
+        damped = {}
+        for name, layer in factors.items():
+            root, shift = jnp.sqrt(layer.delta), _root(_at(self.value, step), layer.delta.dtype)
+            mean_in, mean_out = jnp.trace(layer.phi) / len(layer.phi), jnp.trace(layer.psi) / len(layer.psi)
+            # A layer without signal has traces of 0, and any split of the damping is as good.
+            alive = (mean_in > 0) & (mean_out > 0)
+            ratio = jnp.where(alive, mean_in, 1) / jnp.where(alive, mean_out, 1)
+            pi = jnp.sqrt(ratio)
+            damped[name] = KroneckerFactors(
+                _add_to_diagonal(root * layer.phi, pi * shift),
+                _add_to_diagonal(root * layer.psi, shift / pi),
+                layer.delta,
+            )
+        return damped
+
+
+def normal_damping(value: Value) -> NormalDamping:
+    """The damping of TKFAC_nor: `sqrt(delta) Phi + sqrt(lambda) I`, `sqrt(delta) Psi + sqrt(lambda) I`.
+
+    Args:
+      value: lambda, in units of curvature: a positive number, a schedule (a function of the step)
+        or a traced scalar.
+
+    Returns:
+      A damping for `scale_by_tkfac` and `tkfac`. A bare value given there means the same.
+
+    Raises:
+      ValueError: the value is a number and not positive.
+
+    Source: Gao et al. 2021, Eq. (5.15).
+    """
+    _check_positive("damping", value)
+    return NormalDamping(value)
+
+
+def trace_damping(floor: Value, dense_damping: Value) -> TraceDamping:
+    """The damping of TKFAC_new, which ties the damping of convolutions to their traces.
+
+    With `d = max(floor, delta)`, convolutions use `sqrt(d) Phi + d / d_in I` and
+    `sqrt(d) Psi + d / d_out I`; dense layers take `beta delta` for `delta`, where `beta` is the largest
+    `d / delta` of all layers, and then normal damping. Layers of trace 0 do not count for `beta`.
+
+    Args:
+      floor: nu, the smallest trace that is believed, in units of curvature: a positive number, a
+        schedule or a traced scalar.
+      dense_damping: lambda of the dense layers' normal damping, likewise.
+
+    Returns:
+      A damping for `scale_by_tkfac` and `tkfac`, meant for the trace-restricted rule.
+
+    Raises:
+      ValueError: a value is a number and not positive.
+
+    Source: Gao et al. 2021, Eqs. (5.16) and (5.17).
+    """
+    _check_positive("floor of trace damping", floor)
+    _check_positive("dense_damping", dense_damping)
+    return TraceDamping(floor, dense_damping)
+
+
+def factored_damping(value: Value) -> FactoredDamping:
+    """The damping of KFAC: `A + pi sqrt(lambda) I`, `G + sqrt(lambda) / pi I`.
+
+    `pi` is the root of the ratio of the factors' mean diagonals: the larger factor takes the larger
+    part of the damping.
+
+    Args:
+      value: lambda, in units of curvature: a positive number, a schedule or a traced scalar.
+
+    Returns:
+      A damping for `scale_by_tkfac`; the one that `kfac` uses for a bare value.
+
+    Raises:
+      ValueError: the value is a number and not positive.
+
+    Source: Martens and Grosse 2015, section 6.3.
+    """
+    _check_positive("damping", value)
+    return FactoredDamping(value)
+
+
+def _at(value: Value, step: Array) -> float | Array:
+    return value(step) if callable(value) else value
+
+
+def _root(value: float | Array, dtype: Any) -> Array:
+    return jnp.sqrt(jnp.asarray(value, dtype))
+
+
+def _normal(factors: KroneckerFactors, delta: Array, damping: float | Array) -> KroneckerFactors:
+    root, shift = jnp.sqrt(delta), _root(damping, delta.dtype)
+    return KroneckerFactors(
+        _add_to_diagonal(root * factors.phi, shift),
+        _add_to_diagonal(root * factors.psi, shift),
+        factors.delta,
+    )
+
+
+def _expansion(deltas: list[Array], floor: float | Array) -> Array:
+    """The factor beta of Eq. (5.17), at least 1 and finite."""
+    ratios = [
+        jnp.where(delta > 0, jnp.maximum(floor / jnp.where(delta > 0, delta, 1), 1), 1)
+        for delta in deltas
+    ]
+    beta = jnp.stack(ratios).max()
+    # floor / delta overflows for the smallest deltas; the root of the largest number leaves room
+    # for the product with another layer's delta.
+    return jnp.minimum(beta, jnp.sqrt(jnp.finfo(beta.dtype).max))
+
+
+def _add_to_diagonal(matrix: Array, value: Array) -> Array:
+    return matrix + value * jnp.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, int | float) and not value > 0:
+        msg = f"{name}={value}; expected a positive number, a schedule or a traced scalar."
+        raise ValueError(msg)

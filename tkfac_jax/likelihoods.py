@@ -1,0 +1,234 @@
+"""Likelihoods: the loss of an example, targets drawn from the model, and the Fisher that goes with them.
+
+The Fisher information is the second moment of the derivatives of the negative log-likelihood when
+the targets are drawn from the model itself (Gao et al. 2021, section 3.2). A likelihood therefore
+needs two methods, `nll` and `sample`; any object that has them is accepted (`Likelihood`).
+"""
+
+import dataclasses
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """What the library needs of a likelihood.
+
+    A likelihood whose loss is not the full negative log-likelihood (a mean over positions, say) may
+    also have `fisher_nll(outputs, targets)`: like `nll`, but scaled so that the second moment of its
+    derivatives is the Fisher that should be used. Without it, `nll` is used.
+    """
+
+    def nll(self, outputs: Any, targets: Any) -> Array:
+        """Negative log-likelihood of each example, shape `(batch,)`."""
+        ...
+
+    def sample(self, key: Any, outputs: Any) -> Any:
+        """Targets drawn from the model's own distribution, in the form that `nll` takes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """Categorical distribution given by logits: classification, language models.
+
+    Outputs are logits `(batch, ..., classes)`, targets integers `(batch, ...)`. The axes in between are
+    positions (tokens, pixels): the loss of an example is the sum over its positions.
+
+    Attributes:
+      average_positions: the loss is the mean over an example's positions instead, and the Fisher
+        is that of one position.
+
+    Example:
+      >>> import jax.numpy as jnp, tkfac_jax as tkfac
+      >>> nll = tkfac.Categorical().nll(jnp.zeros((2, 4)), jnp.array([0, 3]))
+      >>> [f"{value:.3f}" for value in nll]
+      ['1.386', '1.386']
+    """
+
+    average_positions: bool = False
+
+    def nll(
+        self, outputs: Float[Array, "batch *positions classes"], targets: Int[Array, "batch *positions"]
+    ) -> Float[Array, " batch"]:
+        """Negative log-likelihood of each example.
+
+        Args:
+          outputs: logits.
+          targets: class indices from 0 to `classes - 1`.
+
+        Returns:
+          The sum (or mean) over positions, one number per example, in at least float32.
+
+        Raises:
+          ValueError: the targets are not integers or not of the shape of the outputs without classes.
+        """
+        return _loss(self._position_nll(outputs, targets), self.average_positions)
+
+    def fisher_nll(
+        self, outputs: Float[Array, "batch *positions classes"], targets: Int[Array, "batch *positions"]
+    ) -> Float[Array, " batch"]:
+        """The loss whose derivatives make the Fisher; see `Likelihood`."""
+        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)
+
+    def sample(
+        self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions classes"]
+    ) -> Int[Array, "batch *positions"]:
+        """Class indices drawn from the softmax of the logits."""
+        return jax.random.categorical(key, outputs)
+
+    def _position_nll(self, outputs: Array, targets: Array) -> Array:
+        _check_float("Categorical", outputs)
+        if not jnp.issubdtype(targets.dtype, jnp.integer):
+            msg = f"Categorical expects integer class indices as targets; got {targets.dtype}."
+            raise ValueError(msg)
+        _check_shapes("Categorical", outputs.shape[:-1], targets.shape)
+        return optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(outputs), targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bernoulli:
+    """Independent Bernoulli variables given by logits: binary cross-entropy, autoencoders.
+
+    Outputs are logits, targets values in [0, 1] of the same shape, `(batch, ...)`. Every axis but the
+    first counts positions: the loss of an example is the sum over them.
+
+    Attributes:
+      average_positions: the loss is the mean over an example's positions instead, and the Fisher
+        is that of one position.
+    """
+
+    average_positions: bool = False
+
+    def nll(
+        self, outputs: Float[Array, "batch *positions"], targets: Array
+    ) -> Float[Array, " batch"]:
+        """Negative log-likelihood of each example.
+
+        Args:
+          outputs: logits.
+          targets: values in [0, 1], in the shape of the outputs.
+
+        Returns:
+          The sum (or mean) over positions, one number per example, in at least float32.
+
+        Raises:
+          ValueError: outputs that are not floating point, or targets of another shape.
+        """
+        return _loss(self._position_nll(outputs, targets), self.average_positions)
+
+    def fisher_nll(
+        self, outputs: Float[Array, "batch *positions"], targets: Array
+    ) -> Float[Array, " batch"]:
+        """The loss whose derivatives make the Fisher; see `Likelihood`."""
+        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)
+
+    def sample(
+        self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions"]
+    ) -> Float[Array, "batch *positions"]:
+        """Zeros and ones drawn with the sigmoid of the logits as probability."""
+        return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+
+    def _position_nll(self, outputs: Array, targets: Array) -> Array:
+        _check_float("Bernoulli", outputs)
+        _check_shapes("Bernoulli", outputs.shape, targets.shape)
+        logits = _at_least_float32(outputs)
+        return optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Independent normal variables of one known variance, given by their means: regression.
+
+    Outputs are means, targets values of the same shape, `(batch, ...)`. Every axis but the first counts
+    positions: the loss of an example is the sum over them.
+
+    Attributes:
+      variance: the variance of each variable, in squared units of the targets.
+      average_positions: the loss is the mean over an example's positions instead, and the Fisher
+        is that of one position.
+    """
+
+    variance: float = 1.0
+    average_positions: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses a variance that is not positive."""
+        if isinstance(self.variance, int | float) and not self.variance > 0:
+            msg = f"Normal: variance={self.variance}; expected a positive number."
+            raise ValueError(msg)
+
+    def nll(
+        self, outputs: Num[Array, "batch *positions"], targets: Num[Array, "batch *positions"]
+    ) -> Float[Array, " batch"]:
+        """Negative log-likelihood of each example, its constant included.
+
+        Args:
+          outputs: means.
+          targets: values in the shape of the outputs.
+
+        Returns:
+          The sum (or mean) over positions, one number per example, in at least float32.
+
+        Raises:
+          ValueError: outputs or targets that are not floating point, or targets of another shape.
+        """
+        return _loss(self._position_nll(outputs, targets), self.average_positions)
+
+    def fisher_nll(
+        self, outputs: Num[Array, "batch *positions"], targets: Num[Array, "batch *positions"]
+    ) -> Float[Array, " batch"]:
+        """The loss whose derivatives make the Fisher; see `Likelihood`."""
+        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)
+
+    def sample(
+        self, key: PRNGKeyArray | Array, outputs: Num[Array, "batch *positions"]
+    ) -> Float[Array, "batch *positions"]:
+        """Values drawn around the means with the variance."""
+        _check_float("Normal", outputs)
+        deviation = jnp.sqrt(jnp.asarray(self.variance, outputs.dtype))
+        return outputs + deviation * jax.random.normal(key, outputs.shape, outputs.dtype)
+
+    def _position_nll(self, outputs: Array, targets: Array) -> Array:
+        _check_float("Normal", outputs)
+        _check_float("Normal", targets, "targets")
+        _check_shapes("Normal", outputs.shape, targets.shape)
+        means = _at_least_float32(outputs)
+        squares = (targets.astype(means.dtype) - means) ** 2 / self.variance
+        return 0.5 * (squares + jnp.log(2 * math.pi * self.variance))
+
+
+def _loss(position_nll: Array, average: bool) -> Array:
+    axes = tuple(range(1, position_nll.ndim))
+    return position_nll.mean(axes) if average else position_nll.sum(axes)
+
+
+def _fisher_loss(position_nll: Array, average: bool) -> Array:
+    total = _loss(position_nll, average=False)
+    # Positions are independent given the outputs, so derivatives scaled by 1/sqrt(positions) have
+    # the mean of the positions' Fishers as their second moment.
+    return total / math.sqrt(math.prod(position_nll.shape[1:])) if average else total
+
+
+def _at_least_float32(outputs: Array) -> Array:
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+
+def _check_float(name: str, array: Array, role: str = "outputs") -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        msg = (
+            f"{name} expects floating-point {role}; got {array.dtype}. "
+            f"Convert them with .astype(jnp.float32) if they are real numbers."
+        )
+        raise ValueError(msg)
+
+
+def _check_shapes(name: str, expected: tuple[int, ...], received: tuple[int, ...]) -> None:
+    if expected != received or not expected:
+        msg = f"{name}: targets have shape {received}; the outputs ask for {expected or '(batch, ...)'}."
+        raise ValueError(msg)

@@ -1,0 +1,151 @@
+"""A training step in which every kind of step is a compiled program of its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from tkfac_jax.capture import Rule, Sharing, trace_restricted
+from tkfac_jax.layers import Layers, unjitted
+from tkfac_jax.likelihoods import Likelihood
+from tkfac_jax.statistics import Estimator, value_and_grad_with_fisher
+from tkfac_jax.transform import TkfacState, check_interval
+
+
+def make_train_step(
+    predict: Callable[..., Any],
+    likelihood: Likelihood,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    layers: Layers,
+    fisher_interval: int,
+    inverse_interval: int,
+    estimator: Estimator = "sampled",
+    num_samples: int = 1,
+    sharing: Sharing = "expand",
+    rule: Rule = trace_restricted,
+    has_aux: bool = False,
+    axis_name: str | None = None,
+) -> Callable[..., Any]:
+    """Builds a training step that compiles one program for each kind of step.
+
+    Plain steps, steps with new statistics and steps with new inverses are separate programs, so
+    that a plain step carries no `lax.cond` and none of its copies. A counter on the host picks; it is
+    read from the state at the first call, and whenever the state is not the one returned last. The
+    buffers of `params` and `opt_state` are donated: use what the step returns.
+
+    Args:
+      predict: the model, `predict(params, *args) -> outputs`.
+      likelihood: what the outputs mean; the loss is the mean of its `nll` over the examples.
+      optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`.
+      layers: what `find_layers` returned.
+      fisher_interval: T_FIM, steps between new statistics. The optimizer's own intervals are not used.
+      inverse_interval: T_INV, steps between new inverses.
+      estimator: `"sampled"` or `"empirical"`, the Fisher of the statistics.
+      num_samples: targets drawn per example by the sampled estimator.
+      sharing: see `sampled_fisher`.
+      rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      has_aux: `predict` returns `(outputs, aux)`, as with the new state of BatchNorm.
+      axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
+        loss, gradient and statistics are averaged over it.
+
+    Returns:
+      `step(params, opt_state, *args, targets, key=None) -> (params, opt_state, metrics)`; `metrics` is a
+      dictionary with `loss`, and `aux` if `has_aux`. `key` may be left out with the empirical Fisher.
+
+    Raises:
+      ValueError: an interval is not a whole number of at least 1, or another option is wrong; when
+        called, the state holds no `TkfacState` or several.
+    """
+    check_interval("fisher_interval", fisher_interval)
+    check_interval("inverse_interval", inverse_interval)
+    predict = unjitted(predict)
+    with_fisher = value_and_grad_with_fisher(
+        predict,
+        likelihood,
+        layers,
+        estimator=estimator,
+        num_samples=num_samples,
+        sharing=sharing,
+        rule=rule,
+        has_aux=has_aux,
+        axis_name=axis_name,
+    )
+
+    def without_fisher(params: Any, *args: Any, targets: Any, key: Any) -> Any:
+        del key
+
+        def loss_fn(params: Any) -> Any:
+            predicted = predict(params, *args)
+            outputs = predicted[0] if has_aux else predicted
+            return likelihood.nll(outputs, targets).mean(), predicted
+
+        (loss, predicted), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (loss, predicted), gradient, None
+
+    def program(new_statistics: bool, new_inverses: bool) -> Callable[..., Any]:
+        value_and_grad = with_fisher if new_statistics else without_fisher
+
+        def run(params: Any, opt_state: Any, args: Any, targets: Any, key: Any) -> Any:
+            (loss, predicted), gradient, statistics = value_and_grad(
+                params, *args, targets=targets, key=key
+            )
+            if axis_name is not None:
+                loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
+            updates, opt_state = optimizer.update(
+                gradient, opt_state, params, statistics=statistics, refresh_inverses=new_inverses
+            )
+            metrics = {"loss": loss} | ({"aux": predicted[1]} if has_aux else {})
+            return optax.apply_updates(params, updates), opt_state, metrics
+
+        if axis_name is not None:
+            return jax.pmap(run, axis_name=axis_name, donate_argnums=(0, 1))
+        return jax.jit(run, donate_argnums=(0, 1))
+
+    programs: dict[tuple[bool, bool], Callable[..., Any]] = {}
+    counter = _HostCounter()
+
+    def step(params: Any, opt_state: Any, *args: Any, targets: Any, key: Any = None) -> Any:
+        number = counter.read(opt_state)
+        kind = number % fisher_interval == 0, number % inverse_interval == 0
+        if kind not in programs:
+            programs[kind] = program(*kind)
+        params, opt_state, metrics = programs[kind](params, opt_state, args, targets, key)
+        counter.advance(opt_state)
+        return params, opt_state, metrics
+
+    return step
+
+
+class _HostCounter:
+    """The number of the next step, kept on the host so that picking a program waits for no device."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._seen: Any = None
+
+    def read(self, opt_state: Any) -> int:
+        """The number of the step that `opt_state` is about to make."""
+        step = _step_array(opt_state)
+        if step is not self._seen:
+            self._number = int(np.asarray(step).flat[0])
+        return self._number
+
+    def advance(self, opt_state: Any) -> None:
+        """Counts one step, which returned `opt_state`."""
+        self._number += 1
+        self._seen = _step_array(opt_state)
+
+
+def _step_array(opt_state: Any) -> Any:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, TkfacState))
+    found = [leaf for leaf in leaves if isinstance(leaf, TkfacState)]
+    if len(found) != 1:
+        msg = (
+            f"the optimizer state holds {len(found)} TkfacState; make_train_step needs an optimizer with "
+            "exactly one scale_by_tkfac in it, such as tkfac(...)."
+        )
+        raise ValueError(msg)
+    return found[0].step

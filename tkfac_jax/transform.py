@@ -1,0 +1,389 @@
+"""The Optax transformations: `scale_by_tkfac`, and the complete optimizers `tkfac` and `kfac`."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from tkfac_jax.damping import Damping, TraceDamping, Value, factored_damping, normal_damping
+from tkfac_jax.factors import (
+    Decay,
+    KroneckerFactors,
+    average_factors,
+    average_moments,
+    decay_at,
+    kronecker_factors,
+    zero_factors,
+)
+from tkfac_jax.inverses import Inverse, KroneckerInverses, cholesky_inverse, invert_factors
+from tkfac_jax.layers import Layers, LayerSpec, visible_layers
+from tkfac_jax.precondition import precondition
+from tkfac_jax.statistics import Statistics, check_statistics
+
+Averaging = Literal["factors", "moments"]
+Interval = int | Array
+
+
+class TkfacState(NamedTuple):
+    """The state of `scale_by_tkfac`: arrays and dictionaries of arrays only.
+
+    Attributes:
+      step: number of updates so far.
+      factors: by layer, the moving averages; of the damped factors under `averaging="factors"`, of the
+        undamped ones under `averaging="moments"`.
+      inverses: by layer, the inverses of the damped factors, as of the last refresh.
+      factor_updates: number of statistics that have entered the averages.
+      skipped_statistics: number of statistics that were left out because they were not finite.
+      failed_inversions: number of inverses that could not be computed, so that the old one stayed.
+    """
+
+    step: Int[Array, ""]
+    factors: dict[str, KroneckerFactors]
+    inverses: dict[str, KroneckerInverses]
+    factor_updates: Int[Array, ""]
+    skipped_statistics: Int[Array, ""]
+    failed_inversions: Int[Array, ""]
+
+
+class _Missing:
+    """Stands for an argument that was not given, where None means something."""
+
+
+def scale_by_tkfac(
+    layers: Layers,
+    *,
+    damping: Value | Damping = 1e-3,
+    decay: Decay = 0.95,
+    fisher_interval: Interval = 1,
+    inverse_interval: Interval = 1,
+    averaging: Averaging = "factors",
+    norm_constraint: float | Array | None = None,
+    inverse: Inverse | None = None,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions the gradients of the layers with TKFAC's approximation of the inverse Fisher.
+
+    A layer's gradient `W` as a matrix becomes `Phi^-1 W Psi^-1` with the damped, averaged factors. All
+    other leaves, and `optax.MaskedNode`, pass through unchanged.
+
+    The update function is `update(grads, state, params=None, *, statistics, refresh_inverses=None)`:
+
+    * `statistics` is a function without arguments that returns the statistics, called inside
+      `lax.cond` at every `fisher_interval`-th step only; or the statistics themselves, which are then used
+      at this step; or None, for a step that leaves the factors alone.
+    * `refresh_inverses`: None refreshes the inverses at every `inverse_interval`-th step, inside
+      `lax.cond`; a Python bool decides when the program is compiled.
+
+    Statistics that are not finite are skipped and counted; so are inversions that fail even with
+    more damping, where the old inverse stays.
+
+    Args:
+      layers: what `find_layers` returned.
+      damping: the damping of the factors, in units of curvature: a positive number, a schedule (a
+        function of the step) or a traced scalar, which mean `normal_damping`; or the result of
+        `normal_damping`, `trace_damping` or `factored_damping`.
+      decay: epsilon, the weight of the old average: a number in [0, 1), where the first update
+        replaces, or a function of the number of earlier factor updates.
+      fisher_interval: T_FIM, steps between new statistics.
+      inverse_interval: T_INV, steps between new inverses.
+      averaging: `"factors"` averages the damped factors, as Eqs. (5.18) and (5.19); `"moments"` averages
+        the statistics and damps them when they are inverted.
+      norm_constraint: bound on `<update, gradient>`, in units of the loss; see `precondition`. It
+        comes before the learning rate.
+      inverse: inverts a stack `(n, d, d)` of symmetric positive definite matrices, with NaN where
+        that fails; None is `cholesky_inverse`.
+      axis_name: mapped axis over which statistics are averaged, if their Fisher function has not done it.
+
+    Returns:
+      The transformation; its state is a `TkfacState`.
+
+    Raises:
+      ValueError: an argument is out of range; at `init`, the parameters do not match the layers; at
+        `update`, the gradients or statistics do not.
+      TypeError: at `update`, `statistics` is not given.
+
+    Source: Gao et al. 2021, Algorithm 1.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, tkfac_jax as tkfac
+      >>> model = nn.Dense(2)
+      >>> x = jnp.ones((5, 3))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> predict = lambda params, x: model.apply({"params": params}, x)
+      >>> layers = tkfac.find_layers(predict, params, x)
+      >>> fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)
+      >>> optimizer = optax.chain(tkfac.scale_by_tkfac(layers), optax.scale(-0.1))
+      >>> state = optimizer.init(params)
+      >>> grads = jax.grad(lambda params: predict(params, x).sum())(params)
+      >>> statistics = fisher(params, x, key=jax.random.key(1))
+      >>> updates, state = optimizer.update(grads, state, params, statistics=statistics)
+      >>> int(optax.tree.get(state, "step"))
+      1
+    """
+    _check_options(layers, decay, fisher_interval, inverse_interval, averaging, norm_constraint)
+    damper = damping if isinstance(damping, Damping) else normal_damping(damping)
+    invert = cholesky_inverse if inverse is None else inverse
+
+    def init(params: Any) -> TkfacState:
+        active = {name: layers[name] for name in visible_layers(layers, params, "params")}
+        # One buffer for each counter: a state that holds one twice could not be donated.
+        step, *counters = (jnp.zeros((), jnp.int32) for _ in range(4))
+        unknown = {name: zero_factors(spec) for name, spec in active.items()}
+        damped = damper.damp(unknown, active, step)
+        inverses, _ = invert_factors(damped, _identity_inverses(active), active, invert)
+        factors = damped if averaging == "factors" else unknown
+        return TkfacState(step, factors, inverses, *counters)
+
+    def update(
+        updates: Any,
+        state: TkfacState,
+        params: Any = None,
+        *,
+        statistics: Any = _Missing,
+        refresh_inverses: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, TkfacState]:
+        del params, extra_args
+        if statistics is _Missing:
+            msg = (
+                "update() needs the keyword argument 'statistics': a function such as "
+                "lambda: fisher(params, inputs, key=key), the statistics themselves, or None for a step "
+                "without new ones."
+            )
+            raise TypeError(msg)
+        active = _active_layers(layers, state, updates)
+
+        def add(state: TkfacState, statistics: Any) -> TkfacState:
+            check_statistics(statistics, layers)
+            if axis_name is not None:
+                statistics = jax.lax.pmean(statistics, axis_name)
+            return _add_statistics(state, statistics, active, damper, decay, averaging)
+
+        def refresh(state: TkfacState) -> TkfacState:
+            damped = state.factors
+            if averaging == "moments":
+                damped = damper.damp(damped, active, state.step)
+            inverses, failures = invert_factors(damped, state.inverses, active, invert)
+            return state._replace(
+                inverses=inverses, failed_inversions=state.failed_inversions + failures
+            )
+
+        if callable(statistics):
+            state = _when_due(state, fisher_interval, lambda state: add(state, statistics()))
+        elif statistics is not None:
+            state = add(state, statistics)
+        if refresh_inverses is None:
+            state = _when_due(state, inverse_interval, refresh)
+        elif refresh_inverses:
+            state = refresh(state)
+        updates = precondition(updates, state.inverses, active, norm_constraint)
+        return updates, state._replace(step=optax.safe_increment(state.step))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def tkfac(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    momentum: float | Array = 0.9,
+    weight_decay: float | Array = 0.0,
+    mask: Any = None,
+    fallback: optax.GradientTransformation = optax.adam(1e-3),
+    damping: Value | Damping = 1e-3,
+    decay: Decay = 0.95,
+    fisher_interval: Interval = 1,
+    inverse_interval: Interval = 1,
+    averaging: Averaging = "factors",
+    norm_constraint: float | Array | None = None,
+    inverse: Inverse | None = None,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """TKFAC, Algorithm 1 of the paper, on the layers; a complete optimizer of its own for all else.
+
+    On the layers: precondition, add decoupled weight decay, multiply by minus the learning rate,
+    then momentum on the scaled step, `m <- momentum m + zeta`, `w <- w + m`.
+
+    Args:
+      learning_rate: alpha, of the layers: a number or a schedule.
+      layers: what `find_layers` returned.
+      momentum: tau; 0 keeps no momentum.
+      weight_decay: decoupled weight decay of the layers, multiplied by the learning rate.
+      mask: which of the layers' parameters decay, as in `optax.add_decayed_weights`; None: all.
+      fallback: optimizer of the other parameters, with its own learning rate.
+      damping: see `scale_by_tkfac`, as are all further arguments.
+      decay: epsilon, the weight of the old average.
+      fisher_interval: T_FIM, steps between new statistics.
+      inverse_interval: T_INV, steps between new inverses.
+      averaging: `"factors"` or `"moments"`.
+      norm_constraint: bound on `<update, gradient>`, before the learning rate.
+      inverse: inverts stacks of matrices; None is `cholesky_inverse`.
+      axis_name: mapped axis over which statistics are averaged.
+
+    Returns:
+      The optimizer; its update function takes `statistics`, see `scale_by_tkfac`.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_tkfac`.
+
+    Source: Gao et al. 2021, Algorithm 1.
+    """
+    _check_number("momentum", momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
+    _check_number("weight_decay", weight_decay, lambda value: value >= 0, "a number of at least 0")
+    steps: list[optax.GradientTransformation] = [
+        scale_by_tkfac(
+            layers,
+            damping=damping,
+            decay=decay,
+            fisher_interval=fisher_interval,
+            inverse_interval=inverse_interval,
+            averaging=averaging,
+            norm_constraint=norm_constraint,
+            inverse=inverse,
+            axis_name=axis_name,
+        )
+    ]
+    if not _is_zero(weight_decay):
+        steps.append(optax.add_decayed_weights(weight_decay, mask))
+    steps.append(optax.scale_by_learning_rate(learning_rate))
+    if not _is_zero(momentum):
+        steps.append(optax.trace(momentum))
+    return optax.partition({"tkfac": optax.chain(*steps), "fallback": fallback}, layers.labels)
+
+
+def kfac(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    damping: Value | Damping = 1e-3,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """KFAC, the paper's baseline, on the machinery of `tkfac`.
+
+    Its statistics must come from a Fisher function built with `rule=tkfac_jax.independent`.
+
+    Args:
+      learning_rate: learning rate of the layers: a number or a schedule.
+      layers: what `find_layers` returned.
+      damping: a bare value is the lambda of `factored_damping`; or a damping.
+      **options: see `tkfac`, whose other arguments are all taken.
+
+    Returns:
+      The optimizer; see `tkfac`.
+
+    Raises:
+      ValueError: `damping` is trace damping, which is defined for the trace-restricted rule; and see
+        `scale_by_tkfac`.
+
+    Source: Martens and Grosse 2015.
+    """
+    if isinstance(damping, TraceDamping):
+        msg = "trace damping is defined for TKFAC; give kfac a number or factored_damping(...)."
+        raise ValueError(msg)
+    damper = damping if isinstance(damping, Damping) else factored_damping(damping)
+    return tkfac(learning_rate, layers, damping=damper, **options)
+
+
+# optax.inject_hyperparams reads the signature to know what can be injected.
+kfac.__signature__ = inspect.signature(tkfac)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _add_statistics(
+    state: TkfacState,
+    statistics: Statistics,
+    active: Mapping[str, LayerSpec],
+    damper: Damping,
+    decay: Decay,
+    averaging: Averaging,
+) -> TkfacState:
+    """Lets statistics enter the moving averages, or counts them as skipped if they are not finite."""
+    finite = jnp.stack(
+        [jnp.isfinite(array).all() for array in jax.tree.leaves(statistics)]
+    ).all()
+    new = {
+        name: kronecker_factors(
+            jax.tree.map(lambda array, spec=spec: array.astype(spec.dtype), statistics[name])
+        )
+        for name, spec in active.items()
+    }
+    weight = decay_at(decay, state.factor_updates)
+    if averaging == "factors":
+        averaged = average_factors(state.factors, damper.damp(new, active, state.step), weight)
+    else:
+        averaged = average_moments(state.factors, new, weight)
+    accepted = finite.astype(jnp.int32)
+    return state._replace(
+        factors=jax.tree.map(lambda new, old: jnp.where(finite, new, old), averaged, state.factors),
+        factor_updates=state.factor_updates + accepted,
+        skipped_statistics=state.skipped_statistics + 1 - accepted,
+    )
+
+
+def _when_due(
+    state: TkfacState, interval: Interval, change: Callable[[TkfacState], TkfacState]
+) -> TkfacState:
+    if isinstance(interval, int) and interval == 1:
+        return change(state)
+    return jax.lax.cond(state.step % interval == 0, change, lambda state: state, state)
+
+
+def _identity_inverses(active: Mapping[str, LayerSpec]) -> dict[str, KroneckerInverses]:
+    return {
+        name: KroneckerInverses.from_matrices(
+            jnp.eye(spec.d_in, dtype=spec.dtype), jnp.eye(spec.d_out, dtype=spec.dtype), spec.has_bias
+        )
+        for name, spec in active.items()
+    }
+
+
+def _active_layers(layers: Layers, state: TkfacState, updates: Any) -> dict[str, LayerSpec]:
+    visible = visible_layers(layers, updates, "updates")
+    if set(visible) != set(state.inverses):
+        msg = (
+            f"updates hold the layers {sorted(visible)}, the state those of {sorted(state.inverses)}. "
+            "Give update() gradients of the structure of the parameters that init() was given."
+        )
+        raise ValueError(msg)
+    return {name: layers[name] for name in visible}
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
+def _check_options(
+    layers: Any,
+    decay: Any,
+    fisher_interval: Any,
+    inverse_interval: Any,
+    averaging: Any,
+    norm_constraint: Any,
+) -> None:
+    if not isinstance(layers, Layers):
+        msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
+        raise ValueError(msg)
+    for name, interval in (("fisher_interval", fisher_interval), ("inverse_interval", inverse_interval)):
+        check_interval(name, interval)
+    _check_number("decay", decay, lambda value: 0 <= value < 1, "a number in [0, 1) or a function")
+    if averaging not in ("factors", "moments"):
+        msg = f'averaging={averaging!r}; expected "factors" or "moments".'
+        raise ValueError(msg)
+    if norm_constraint is not None:
+        _check_number("norm_constraint", norm_constraint, lambda value: value > 0, "a positive number")
+
+
+def check_interval(name: str, interval: Any) -> None:
+    if isinstance(interval, float) or (isinstance(interval, int) and interval < 1):
+        msg = f"{name}={interval}; expected a whole number of steps, at least 1."
+        raise ValueError(msg)
+
+
+def _check_number(name: str, value: Any, allowed: Callable[[Any], bool], expected: str) -> None:
+    """Checks numbers only: a traced scalar or a function has no value yet."""
+    if isinstance(value, int | float) and not allowed(value):
+        msg = f"{name}={value}; expected {expected}."
+        raise ValueError(msg)
