@@ -1,10 +1,11 @@
-"""Configuration of all tests: float64 is available, so that oracles can be met to rounding."""
+"""Configuration of all tests: float64 for the oracles, and two devices for what is mapped."""
 
 import jax
 import jaxtyping
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 2)
 
 
 @pytest.fixture

@@ -190,25 +190,23 @@ def visible_layers(layers: Mapping[str, LayerSpec], tree: Any, what: str) -> lis
       ValueError: a kernel or bias is missing, has another shape, or is hidden without the other.
     """
     leaves = named_leaves(tree)
+    # A mask may hide a module whole: then the placeholder stands for the subtree.
+    masked = [name for name, leaf in leaves.items() if is_masked(leaf)]
     visible = []
     for name, spec in layers.items():
         expected = {spec.kernel: spec.kernel_shape}
         if spec.bias is not None:
             expected[spec.bias] = (spec.d_out,)
-        hidden = 0
-        for parameter, shape in expected.items():
-            leaf = leaves.get(parameter, "nothing")
-            if is_masked(leaf):
-                hidden += 1
-                continue
-            received = leaf if isinstance(leaf, str) else tuple(jnp.shape(leaf))
-            if received != shape:
+        hidden = [p for p in expected if any(f"{p}/".startswith(f"{m}/") or not m for m in masked)]
+        for parameter in expected.keys() - set(hidden):
+            shape = jnp.shape(leaves[parameter]) if parameter in leaves else "nothing"
+            if shape != expected[parameter]:
                 msg = (
-                    f"layer '{name}': {what} should hold '{parameter}' of shape {shape}; found "
-                    f"{received}. Use the layers that find_layers returned for these parameters."
+                    f"layer '{name}': {what} should hold '{parameter}' of shape {expected[parameter]}; "
+                    f"found {shape}. Use the layers that find_layers returned for these parameters."
                 )
                 raise ValueError(msg)
-        if 0 < hidden < len(expected):
+        if 0 < len(hidden) < len(expected):
             msg = f"layer '{name}': mask its kernel and its bias together, in {what}."
             raise ValueError(msg)
         if not hidden:

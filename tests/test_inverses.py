@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tkfac_jax as tkfac
+from tkfac_jax.factors import KroneckerFactors
+from tkfac_jax.inverses import invert_factors
+
+
+def positive_definite(seed, size, dtype=jnp.float64):
+    root = np.random.default_rng(seed).normal(size=(size, size))
+    return jnp.asarray(root @ root.T + 0.1 * np.eye(size), dtype)
+
+
+def layers_of(sizes, biased):
+    layers = {
+        f"layer_{i}": tkfac.LayerSpec("", "dense", "kernel", "bias" if bias else None, (1, 1), "float64")
+        for i, bias in enumerate(biased)
+    }
+    factors = {
+        name: KroneckerFactors(positive_definite(i, d_in), positive_definite(i + 100, d_out), jnp.ones(()))
+        for i, (name, (d_in, d_out)) in enumerate(zip(layers, sizes, strict=True))
+    }
+    old = {
+        name: tkfac.KroneckerInverses.from_matrices(
+            7 * jnp.eye(len(f.phi)), 7 * jnp.eye(len(f.psi)), layers[name].has_bias
+        )
+        for name, f in factors.items()
+    }
+    return layers, factors, old
+
+
+def test_cholesky_inverse():
+    stack = jnp.stack([positive_definite(seed, 6) for seed in range(3)])
+    received = jax.jit(tkfac.cholesky_inverse)(stack)
+    np.testing.assert_allclose(received, np.linalg.inv(stack), rtol=1e-9)
+    np.testing.assert_array_equal(received, received.mT)
+
+
+def test_cholesky_inverse_says_nan_where_it_fails():
+    stack = jnp.stack([positive_definite(0, 3), -jnp.eye(3)])
+    received = tkfac.cholesky_inverse(stack)
+    assert bool(jnp.isfinite(received[0]).all())
+    assert bool(jnp.isnan(received[1]).any())
+
+
+def test_all_layers_are_inverted_with_and_without_bias():
+    layers, factors, old = layers_of([(5, 3), (5, 5), (2, 3)], [True, False, True])
+    received, failures = jax.jit(
+        lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse)
+    )(factors, old)
+    assert int(failures) == 0
+    for name, inverse in received.items():
+        np.testing.assert_allclose(inverse.phi_matrix(), np.linalg.inv(factors[name].phi), rtol=1e-9)
+        np.testing.assert_allclose(inverse.psi, np.linalg.inv(factors[name].psi), rtol=1e-9)
+        assert (inverse.bias is None) == (not layers[name].has_bias)
+
+
+def test_equal_sizes_are_inverted_in_one_stack():
+    layers, factors, old = layers_of([(5, 3), (3, 5), (2, 3)], [True, False, True])
+    shapes = []
+
+    def watched(stack):
+        shapes.append(stack.shape)
+        return tkfac.cholesky_inverse(stack)
+
+    jax.eval_shape(lambda f: invert_factors(f, old, layers, watched), factors)
+    assert set(shapes) == {(2, 5, 5), (3, 3, 3), (1, 2, 2)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_singular_matrix_is_retried_with_more_damping(dtype):
+    """Rank one, and pushed below zero by rounding: Cholesky fails, a little damping mends it."""
+    layers, factors, old = layers_of([(4, 3)], [False])
+    ones = jnp.ones((4, 4), dtype) - 1e-6 * jnp.eye(4, dtype=dtype)
+    factors["layer_0"] = factors["layer_0"]._replace(phi=ones, psi=factors["layer_0"].psi.astype(dtype))
+    old = jax.tree.map(lambda leaf: leaf.astype(dtype), old)
+    received, failures = invert_factors(factors, old, layers, tkfac.cholesky_inverse)
+    assert int(failures) == 0
+    damped = np.asarray(ones, np.float64) + 1e-4 * np.mean(np.diag(ones)) * np.eye(4)
+    # The condition number is 4e4.
+    np.testing.assert_allclose(received["layer_0"].phi, np.linalg.inv(damped), rtol=2e-2 if dtype == jnp.float32 else 1e-6)
+    np.testing.assert_allclose(received["layer_0"].psi, np.linalg.inv(factors["layer_0"].psi), rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, -5.0], ids=["nan", "negative"])
+def test_a_hopeless_matrix_leaves_the_old_inverse(bad):
+    layers, factors, old = layers_of([(4, 3), (4, 2)], [True, True])
+    factors["layer_0"] = factors["layer_0"]._replace(phi=bad * jnp.eye(4))
+    received, failures = jax.jit(
+        lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse)
+    )(factors, old)
+    assert int(failures) == 1
+    np.testing.assert_array_equal(received["layer_0"].phi_matrix(), 7 * np.eye(4))
+    np.testing.assert_allclose(received["layer_0"].psi, np.linalg.inv(factors["layer_0"].psi), rtol=1e-9)
+    np.testing.assert_allclose(
+        received["layer_1"].phi_matrix(), np.linalg.inv(factors["layer_1"].phi), rtol=1e-9
+    )
+
+
+def test_many_large_inverses_in_one_program_return():
+    """Batched LAPACK calls of one program can wait for each other for ever; these must not."""
+    sizes = [400, 399, 398, 397, 396, 395, 200, 199, 50, 49, 48, 47]
+    stacks = [jnp.stack([2.0 * jnp.eye(size, dtype=jnp.float32)] * 2) for size in sizes]
+    inverses = jax.jit(lambda stacks: [tkfac.cholesky_inverse(stack) for stack in stacks])(stacks)
+    for inverse in inverses:
+        np.testing.assert_allclose(jnp.diagonal(inverse, axis1=1, axis2=2), 0.5, rtol=1e-6)

@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tkfac_jax as tkfac
+
+LIKELIHOODS = [tkfac.Categorical(), tkfac.Bernoulli(), tkfac.Normal(0.7)]
+
+
+def targets_for(likelihood, key, outputs):
+    return likelihood.sample(key, outputs)
+
+
+def test_categorical_nll_is_the_cross_entropy_summed_over_positions(keys):
+    logits = jax.random.normal(next(keys), (4, 3, 5))
+    targets = jax.random.randint(next(keys), (4, 3), 0, 5)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(p, np.asarray(targets)[..., None], -1))[..., 0]
+    np.testing.assert_allclose(
+        tkfac.Categorical().nll(logits, targets), expected.sum(1), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        tkfac.Categorical(average_positions=True).nll(logits, targets), expected.mean(1), rtol=1e-12
+    )
+
+
+def test_bernoulli_nll(keys):
+    logits = jax.random.normal(next(keys), (4, 6))
+    targets = jax.random.uniform(next(keys), (4, 6))
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+    np.testing.assert_allclose(tkfac.Bernoulli().nll(logits, targets), expected.sum(1), rtol=1e-12)
+    binary = jnp.zeros((4, 6), int)
+    assert tkfac.Bernoulli().nll(logits, binary).shape == (4,)
+
+
+def test_normal_nll_is_minus_the_log_density(keys):
+    means, targets = (jax.random.normal(next(keys), (4, 6)) for _ in range(2))
+    expected = -jax.scipy.stats.norm.logpdf(targets, means, np.sqrt(0.7)).sum(1)
+    np.testing.assert_allclose(tkfac.Normal(0.7).nll(means, targets), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
+def test_samples_have_the_form_of_targets_and_the_right_mean(likelihood, keys):
+    outputs = jnp.broadcast_to(jnp.array([0.3, -1.0, 0.8]), (20_000, 3))
+    targets = likelihood.sample(next(keys), outputs)
+    assert likelihood.nll(outputs, targets).shape == (20_000,)
+    if isinstance(likelihood, tkfac.Categorical):
+        received = np.bincount(targets, minlength=3) / len(targets)
+        expected = jax.nn.softmax(outputs[0])
+    else:
+        received = targets.mean(0)
+        expected = outputs[0] if isinstance(likelihood, tkfac.Normal) else jax.nn.sigmoid(outputs[0])
+    # Five standard errors of the mean of 20,000 draws of a deviation of at most 0.84.
+    np.testing.assert_allclose(received, expected, atol=5 * 0.84 / np.sqrt(20_000))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
+def test_the_expected_squared_score_is_minus_the_expected_second_derivative(likelihood, keys):
+    """The information equality: nll and sample belong to the same distribution."""
+    outputs = jax.random.normal(next(keys), (1, 3))
+    draws = 40_000
+
+    def scores(key):
+        target = likelihood.sample(key, outputs)
+        return jax.grad(lambda o: likelihood.nll(o, target).sum())(outputs)[0]
+
+    def curvature(key):
+        target = likelihood.sample(key, outputs)
+        return jax.hessian(lambda o: likelihood.nll(o, target).sum())(outputs)[0, :, 0, :]
+
+    g = jax.vmap(scores)(jax.random.split(next(keys), draws))
+    # A standard error is at most 3 / sqrt(draws) for these scores; six of them.
+    np.testing.assert_allclose(
+        g.T @ g / draws, curvature(next(keys)), atol=6 * 3 / np.sqrt(draws)
+    )
+
+
+@pytest.mark.parametrize("kind", [tkfac.Categorical, tkfac.Bernoulli, tkfac.Normal])
+def test_averaged_positions_scale_loss_by_t_and_fisher_by_root_t(kind, keys):
+    outputs = jax.random.normal(next(keys), (2, 5, 3))
+    positions = 5 if kind is tkfac.Categorical else 15
+    targets = kind().sample(next(keys), outputs)
+    total = kind().nll(outputs, targets)
+    averaged = kind(average_positions=True)
+    np.testing.assert_allclose(averaged.nll(outputs, targets), total / positions, rtol=1e-12)
+    np.testing.assert_allclose(
+        averaged.fisher_nll(outputs, targets), total / np.sqrt(positions), rtol=1e-12
+    )
+    np.testing.assert_allclose(kind().fisher_nll(outputs, targets), total, rtol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
+def test_losses_are_computed_in_float32_at_least(likelihood, keys):
+    outputs = jax.random.normal(next(keys), (2, 3)).astype(jnp.bfloat16)
+    targets = likelihood.sample(next(keys), outputs)
+    assert likelihood.nll(outputs, targets).dtype == jnp.float32
+
+
+def test_likelihoods_fulfil_the_protocol():
+    for likelihood in LIKELIHOODS:
+        assert isinstance(likelihood, tkfac.Likelihood)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tkfac.Normal().nll(jnp.ones((2, 3), int), jnp.ones((2, 3))), "Normal expects floating-point outputs; got int64"),
+        (lambda: tkfac.Normal().nll(jnp.ones((2, 3)), jnp.ones((2, 3), int)), r"Normal expects floating-point targets; got int64. Convert them with .astype\(jnp.float32\)"),
+        (lambda: tkfac.Normal().sample(jax.random.key(0), jnp.ones((2, 3), int)), "Normal expects floating-point outputs"),
+        (lambda: tkfac.Bernoulli().nll(jnp.ones((2, 3), int), jnp.ones((2, 3))), "Bernoulli expects floating-point outputs"),
+        (lambda: tkfac.Categorical().nll(jnp.ones((2, 3)), jnp.ones((2,))), "Categorical expects integer class indices as targets; got float64"),
+        (lambda: tkfac.Categorical().nll(jnp.ones((2, 3)), jnp.ones((3,), int)), r"targets have shape \(3,\); the outputs ask for \(2,\)"),
+        (lambda: tkfac.Normal().nll(jnp.ones((2, 3)), jnp.ones((2,))), r"Normal: targets have shape \(2,\); the outputs ask for \(2, 3\)"),
+        (lambda: tkfac.Bernoulli().nll(jnp.ones((2, 3)), jnp.ones((2, 1))), "Bernoulli: targets have shape"),
+        (lambda: tkfac.Normal(0.0), "Normal: variance=0.0; expected a positive number"),
+    ],
+)
+def test_messages(call, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        call()

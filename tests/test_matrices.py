@@ -1,0 +1,83 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from networks import as_float64
+
+import tkfac_jax as tkfac
+from tkfac_jax.matrices import gradient_rows, input_rows
+
+CONVOLUTIONS = {
+    "plain": {},
+    "stride": {"strides": 2},
+    "uneven strides": {"strides": (2, 3)},
+    "valid": {"padding": "VALID"},
+    "valid stride": {"padding": "VALID", "strides": (3, 2)},
+    "circular": {"padding": "CIRCULAR"},
+    "circular stride": {"padding": "CIRCULAR", "strides": 2},
+    "reflect": {"padding": "REFLECT"},
+    "one number": {"padding": 1},
+    "explicit": {"padding": ((2, 0), (1, 3))},
+    "mixed": {"padding": (2, (0, 1)), "strides": 2},
+    "dilation": {"kernel_dilation": 2},
+    "everything": {"kernel_dilation": (2, 1), "strides": (1, 2), "padding": ((1, 2), (0, 1))},
+}
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("window", [(3, 3), (2, 3), (1, 1)])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
+    options = CONVOLUTIONS[name]
+    model = nn.Conv(3, window, use_bias=use_bias, dtype=jnp.float64, **options)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 2), jnp.float64)
+    params = as_float64(model.init(jax.random.key(1), x)["params"])
+    params = jax.tree.map(lambda p: p + 0.5, params)
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    spec = tkfac.find_layers(predict, params, x)["."]
+    rows = np.asarray(input_rows(spec, x))
+    kernel = np.asarray(params["kernel"]).reshape(-1, 3)
+    matrix = np.concatenate([kernel, params["bias"][None]]) if use_bias else kernel
+    expected = np.asarray(predict(params, x))
+    np.testing.assert_allclose(rows @ matrix, expected.reshape(2, -1, 3), rtol=1e-12, atol=1e-12)
+
+    broadcast = [v if isinstance(v, tuple) else (v, v) for v in (
+        options.get("strides", 1), options.get("kernel_dilation", 1))]
+    patches = np.stack(
+        [oracles.patches(image, window, broadcast[0], options.get("padding", "SAME"), broadcast[1]) for image in x]
+    )
+    np.testing.assert_array_equal(rows[..., : patches.shape[-1]], patches)
+    np.testing.assert_array_equal(gradient_rows(spec, jnp.asarray(expected)), expected.reshape(2, -1, 3))
+
+
+def test_negative_padding_crops():
+    model = nn.Conv(1, (2, 2), padding=((-1, 0), (0, -2)), use_bias=False, dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (1, 6, 6, 1), jnp.float64)
+    params = as_float64(model.init(jax.random.key(1), x)["params"])
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    spec = tkfac.find_layers(predict, params, x)["."]
+    received = input_rows(spec, x) @ params["kernel"].reshape(-1, 1)
+    np.testing.assert_allclose(received.ravel(), predict(params, x).ravel(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((3,), (1, 1, 4)), ((5, 3), (5, 1, 4)), ((5, 2, 6, 3), (5, 12, 4))]
+)
+def test_axes_between_batch_and_features_are_locations(shape, expected):
+    model = nn.Dense(2)
+    x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    params = model.init(jax.random.key(0), x)["params"]
+    spec = tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, x)["."]
+    rows = input_rows(spec, x)
+    assert rows.shape == expected
+    assert rows.dtype == jnp.float32
+    np.testing.assert_array_equal(rows[..., :-1].reshape(shape), x)
+    np.testing.assert_array_equal(rows[..., -1], 1)

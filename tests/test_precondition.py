@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from networks import convnet_problem, mlp_problem
+
+import tkfac_jax as tkfac
+from tkfac_jax.precondition import precondition, precondition_kernel
+
+
+def positive_definite(seed, size):
+    root = np.random.default_rng(seed).normal(size=(size, size))
+    return root @ root.T + np.eye(size)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 3)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(shape, has_bias):
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=shape), rng.normal(size=shape[-1])
+    d_in = int(np.prod(shape[:-1])) + has_bias
+    phi, psi = positive_definite(1, d_in), positive_definite(2, shape[-1])
+    matrix = kernel.reshape(-1, shape[-1])
+    if has_bias:
+        matrix = np.concatenate([matrix, bias[None]])
+    # Rows of the matrix one after the other, so that phi is the outer factor.
+    expected = np.linalg.solve(np.kron(phi, psi), matrix.reshape(-1)).reshape(matrix.shape)
+
+    inverses = tkfac.KroneckerInverses.from_matrices(
+        jnp.asarray(np.linalg.inv(phi)), jnp.asarray(np.linalg.inv(psi)), has_bias
+    )
+    kernel_step, bias_step = precondition_kernel(
+        inverses, jnp.asarray(kernel), jnp.asarray(bias) if has_bias else None
+    )
+    rows = matrix[:-1] if has_bias else matrix
+    np.testing.assert_allclose(
+        kernel_step.reshape(rows.shape), expected[: len(rows)], rtol=1e-10, atol=1e-13
+    )
+    if has_bias:
+        np.testing.assert_allclose(bias_step, expected[-1], rtol=1e-10, atol=1e-13)
+    else:
+        assert bias_step is None
+
+
+def identity_inverses(layers, scale=1.0):
+    return {
+        name: tkfac.KroneckerInverses.from_matrices(
+            scale * jnp.eye(s.d_in, dtype=s.dtype), jnp.eye(s.d_out, dtype=s.dtype), s.has_bias
+        )
+        for name, s in layers.items()
+    }
+
+
+def test_other_leaves_pass_through_unchanged():
+    _, params, *_, layers = convnet_problem()
+    hidden = {**params, "BatchNorm_0": optax.MaskedNode()}
+    for tree in (params, hidden):
+        received = precondition(tree, identity_inverses(layers, 2.0), layers)
+        assert jax.tree.structure(received) == jax.tree.structure(tree)
+        assert received["BatchNorm_0"] is tree["BatchNorm_0"] or all(
+            received["BatchNorm_0"][k] is tree["BatchNorm_0"][k] for k in ("bias", "scale")
+        )
+        np.testing.assert_allclose(received["Conv_0"]["kernel"], 2 * params["Conv_0"]["kernel"])
+
+
+def test_dtypes_are_those_of_the_gradients():
+    _, params, *_, layers = convnet_problem()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    received = precondition(half, identity_inverses(layers), layers, norm_constraint=1e-3)
+    assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e6])
+def test_norm_constraint(bound):
+    _, params, *_, layers = mlp_problem()
+    free = precondition(params, identity_inverses(layers, 3.0), layers)
+    bounded = precondition(params, identity_inverses(layers, 3.0), layers, norm_constraint=bound)
+    product = sum(
+        float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(params), strict=True)
+    )
+    scale = min(1.0, np.sqrt(bound / product))
+    assert (scale < 1) == (bound < 1)
+    jax.tree.map(lambda b, f: np.testing.assert_allclose(b, scale * f, rtol=1e-12), bounded, free)
+
+
+def test_norm_constraint_of_a_zero_gradient():
+    _, params, *_, layers = mlp_problem()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    received = precondition(zero, identity_inverses(layers), layers, norm_constraint=0.1)
+    for leaf in jax.tree.leaves(received):
+        np.testing.assert_array_equal(leaf, 0)

@@ -1,0 +1,477 @@
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from networks import as_float64, convnet_problem, mlp_problem
+
+import tkfac_jax as tkfac
+from tkfac_jax import capture
+
+RULES = {
+    "tkfac": (tkfac.trace_restricted, oracles.trace_restricted),
+    "kfac": (tkfac.independent, oracles.independent),
+}
+# Sums of a few hundred float64 products.
+ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def assert_statistics(received, expected):
+    for array, reference in zip(received, expected, strict=True):
+        np.testing.assert_allclose(array, reference, **ROUNDING)
+
+
+def per_example_matrices(loss, params, layer):
+    """Per-example gradients of one Dense layer as matrices, bias last: from jax.grad alone."""
+    grads = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
+    def matrices(inputs, targets):
+        gradient = grads(params, inputs, targets)[layer]
+        rows = [gradient["kernel"]]
+        if "bias" in gradient:
+            rows.append(gradient["bias"][:, None, :])
+        return np.asarray(jnp.concatenate(rows, axis=1))
+    return matrices
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_dense_statistics_equal_those_of_per_example_gradients(batch):
+    predict, params, inputs, targets, layers = mlp_problem(batch)
+    likelihood = tkfac.Categorical()
+
+    def loss(params, x, y):
+        return -jax.nn.log_softmax(predict(params, x[None])[0])[y]
+
+    fisher = tkfac.empirical_fisher(predict, likelihood, layers)
+    statistics = jax.jit(fisher)(params, inputs, targets=targets)
+    assert list(statistics) == list(layers)
+    for name in layers:
+        # The gradient of one example is a g^T, so that W W^T = tr(G) L and W^T W = tr(L) G.
+        w = per_example_matrices(loss, params, name)(inputs, targets)
+        expected = (
+            np.mean([m @ m.T for m in w], axis=0),
+            np.mean([m.T @ m for m in w], axis=0),
+            np.mean([np.sum(m * m) for m in w]),
+        )
+        assert_statistics(statistics[name], expected)
+
+
+CONVOLUTIONS = [
+    {"strides": (1, 1), "padding": "SAME", "kernel_dilation": (1, 1)},
+    {"strides": (2, 1), "padding": "VALID", "kernel_dilation": (1, 1)},
+    {"strides": (1, 2), "padding": "CIRCULAR", "kernel_dilation": (1, 1)},
+    {"strides": (1, 1), "padding": ((1, 0), (2, 1)), "kernel_dilation": (2, 1)},
+    {"strides": (2, 2), "padding": "SAME", "kernel_dilation": (2, 2)},
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
+def test_conv_statistics_equal_those_of_explicit_patches(
+    geometry, batch, use_bias, rule, monkeypatch
+):
+    window, channels, features = (3, 2), 2, 3
+    model = nn.Conv(features, window, use_bias=use_bias, dtype=jnp.float64, **geometry)
+    x = jax.random.normal(jax.random.key(0), (batch, 6, 5, channels), jnp.float64)
+    params = as_float64(model.init(jax.random.key(1), x)["params"])
+    shape = model.apply({"params": params}, x).shape
+    head = jax.random.normal(jax.random.key(2), (int(np.prod(shape[1:])), 4), jnp.float64)
+    y = jax.random.normal(jax.random.key(3), (batch, 4), jnp.float64)
+
+    def predict(params, x):
+        hidden = jnp.tanh(model.apply({"params": params}, x))
+        return hidden.reshape(len(hidden), -1) @ head
+
+    def example_loss(conv_output, y):
+        return 0.5 * jnp.sum((jnp.tanh(conv_output).reshape(-1) @ head - y) ** 2)
+
+    layers = tkfac.find_layers(predict, params, x)
+    # Three examples at a time: seven do not divide evenly.
+    bytes_each = int(np.prod(shape[1:3])) * layers["."].d_in * 8
+    monkeypatch.setattr(capture, "CHUNK_BYTES", 3 * bytes_each)
+    package_rule, oracle = RULES[rule]
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers, rule=package_rule)
+    statistics = jax.jit(fisher)(params, x, targets=y)["."]
+
+    u = jax.vmap(jax.grad(example_loss))(model.apply({"params": params}, x), y)
+    u = np.asarray(u).reshape(batch, -1, features)
+    a = np.stack([
+        oracles.patches(image, window, geometry["strides"], geometry["padding"], geometry["kernel_dilation"])
+        for image in x
+    ])
+    a = oracles.with_one(a) if use_bias else a
+    assert_statistics(statistics, oracle(a, u))
+    # The oracle's patches are the right ones: with them, sum_i a_i u_i^T is the kernel's gradient.
+    gradient = jax.grad(lambda p: 0.5 * jnp.sum((predict(p, x) - y) ** 2))(params)["kernel"]
+    explicit = np.einsum("nli,nlo->io", a, u)[: gradient.size // features]
+    np.testing.assert_allclose(explicit, gradient.reshape(-1, features), **ROUNDING)
+
+
+def test_patches_of_the_batch_are_never_materialised():
+    """The largest array of the statistics of a convolution is a chunk's patches, not the batch's."""
+    model = nn.Conv(4, (3, 3), use_bias=False)
+    batch = 256
+    x = jnp.ones((batch, 32, 32, 8), jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def predict(params, x):
+        return model.apply({"params": params}, x).mean((1, 2))
+
+    layers = tkfac.find_layers(predict, params, x)
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    y = jnp.zeros((batch, 4), jnp.float32)
+    compiled = jax.jit(fisher).lower(params, x, targets=y).compile()
+    all_patches = batch * 32 * 32 * 72 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < all_patches / 2
+    largest = _largest_array(jax.make_jaxpr(lambda: fisher(params, x, targets=y))().jaxpr)
+    assert largest < all_patches / 2
+
+
+def _largest_array(jaxpr):
+    sizes = [var.aval.size * var.aval.dtype.itemsize for eqn in jaxpr.eqns for var in eqn.outvars]
+    inner = [
+        _largest_array(value.jaxpr)
+        for eqn in jaxpr.eqns
+        for value in eqn.params.values()
+        if hasattr(value, "jaxpr")
+    ]
+    return max(sizes + inner)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 2, 3, 4)])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_axes_between_batch_and_features(shape, rule, sharing):
+    model = nn.Dense(3, dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+    y = jax.random.normal(jax.random.key(1), (*shape[:-1], 3), jnp.float64)
+    params = as_float64(model.init(jax.random.key(2), x)["params"])
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    layers = tkfac.find_layers(predict, params, x)
+    package_rule, oracle = RULES[rule]
+    fisher = tkfac.empirical_fisher(
+        predict, tkfac.Normal(), layers, rule=package_rule, sharing=sharing
+    )
+    a = oracles.with_one(np.asarray(x).reshape(6, -1, 4))
+    u = np.asarray(predict(params, x) - y).reshape(6, -1, 3)
+    if sharing == "reduce":
+        a, u = a.mean(1, keepdims=True), u.sum(1, keepdims=True)
+    assert_statistics(fisher(params, x, targets=y)["."], oracle(a, u))
+
+
+def test_a_layer_applied_twice_adds_its_uses_up():
+    layer = nn.Dense(3, use_bias=False, dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (5, 3), jnp.float64)
+    y = jax.random.normal(jax.random.key(1), (5, 3), jnp.float64)
+    params = as_float64(layer.init(jax.random.key(2), x)["params"])
+
+    def predict(params, x):
+        return layer.apply({"params": params}, jnp.tanh(layer.apply({"params": params}, x)))
+
+    layers = tkfac.find_layers(predict, params, x)
+    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=y)["."]
+    kernel = np.asarray(params["kernel"])
+    hidden = np.tanh(x @ kernel)
+    g_second = hidden @ kernel - y
+    g_first = (g_second @ kernel.T) * (1 - hidden**2)
+    uses = [oracles.trace_restricted(a[:, None], g[:, None]) for a, g in ((x, g_first), (hidden, g_second))]
+    assert_statistics(received, [first + second for first, second in zip(*uses, strict=True)])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_statistics_of_half_batches_average_to_those_of_the_batch(rule):
+    predict, params, inputs, targets, layers = mlp_problem(8)
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, rule=RULES[rule][0])
+    whole = fisher(params, inputs, targets=targets)
+    halves = [fisher(params, inputs[part], targets=targets[part]) for part in (slice(4), slice(4, 8))]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    for name in layers:
+        assert_statistics(whole[name], mean[name])
+
+
+def test_the_trace_of_the_block_is_exact():
+    """tr(delta Phi (x) Psi) = tr(F), the property that gives TKFAC its name."""
+    rng = np.random.default_rng(0)
+    a, g = rng.normal(size=(6, 3, 4)), rng.normal(size=(6, 3, 2))
+    received = tkfac.trace_restricted(jnp.asarray(a.reshape(-1, 4)), jnp.asarray(g.reshape(-1, 2)), 3)
+    factors = tkfac.factors.kronecker_factors(jax.tree.map(lambda s: s / 6, received))
+    block = factors.delta * np.kron(factors.phi, factors.psi)
+    np.testing.assert_allclose(np.trace(block), np.trace(oracles.fisher_block(a, g)), rtol=1e-12)
+
+
+def test_one_example_gives_the_block_exactly():
+    rng = np.random.default_rng(1)
+    a, g = rng.normal(size=(1, 1, 4)), rng.normal(size=(1, 1, 3))
+    factors = tkfac.factors.kronecker_factors(tkfac.trace_restricted(jnp.asarray(a[0]), jnp.asarray(g[0]), 1))
+    block = factors.delta * np.kron(factors.phi, factors.psi)
+    np.testing.assert_allclose(block, oracles.fisher_block(a, g), rtol=1e-12, atol=1e-14)
+
+
+def test_all_pairs_of_inputs_and_gradients_give_the_block_of_kfac():
+    """Where inputs and gradients are independent, TKFAC, KFAC and the block are one."""
+    rng = np.random.default_rng(2)
+    pairs = list(itertools.product(rng.normal(size=(3, 4)), rng.normal(size=(5, 2))))
+    a, g = (jnp.asarray(np.stack(side)) for side in zip(*pairs, strict=True))
+    blocks = []
+    for rule in (tkfac.trace_restricted, tkfac.independent):
+        moments = jax.tree.map(lambda s: s / len(pairs), rule(a, g, 1))
+        factors = tkfac.factors.kronecker_factors(moments)
+        blocks.append(factors.delta * np.kron(factors.phi, factors.psi))
+    expected = oracles.fisher_block(np.asarray(a)[:, None], np.asarray(g)[:, None])
+    for block in blocks:
+        np.testing.assert_allclose(block, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "name"),
+    [(tkfac.Categorical(), "categorical"), (tkfac.Bernoulli(), "bernoulli"), (tkfac.Normal(0.5), 0.5)],
+    ids=str,
+)
+def test_sampled_fisher_converges_to_the_closed_form(likelihood, name):
+    model = nn.Dense(3, use_bias=False, dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (4, 2), jnp.float64)
+    params = as_float64(model.init(jax.random.key(1), x)["params"])
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    layers = tkfac.find_layers(predict, params, x)
+    outputs = np.asarray(predict(params, x))
+    fishers = [oracles.output_fisher(name, row) for row in outputs]
+    inputs = np.asarray(x)
+    expected = (
+        np.mean([np.trace(f) * np.outer(a, a) for a, f in zip(inputs, fishers, strict=True)], axis=0),
+        np.mean([a @ a * f for a, f in zip(inputs, fishers, strict=True)], axis=0),
+        np.mean([a @ a * np.trace(f) for a, f in zip(inputs, fishers, strict=True)]),
+    )
+    errors = []
+    for samples in (100, 10_000):
+        fisher = tkfac.sampled_fisher(predict, likelihood, layers, num_samples=samples)
+        received = jax.jit(fisher)(params, x, key=jax.random.key(2))["."]
+        errors.append(
+            max(np.abs(r - e).max() / expected[2] for r, e in zip(received, expected, strict=True))
+        )
+    # The relative deviation of one draw is about 1, so that 10,000 leave 1/100; five of them.
+    assert errors[1] < 0.05
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("likelihood", [tkfac.Categorical(average_positions=True), tkfac.Bernoulli(True)], ids=str)
+def test_averaged_positions_give_the_fisher_of_one_position(likelihood):
+    """T copies of a position: the mean loss has the gradient, and the Fisher, of one of them."""
+    model = nn.Dense(3, use_bias=False, dtype=jnp.float64)
+    one = jax.random.normal(jax.random.key(0), (5, 1, 2), jnp.float64)
+    params = as_float64(model.init(jax.random.key(1), one)["params"])
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    layers = tkfac.find_layers(predict, params, one)
+    target = type(likelihood)().sample(jax.random.key(2), predict(params, one))
+    fisher = tkfac.empirical_fisher(predict, likelihood, layers)
+    expected = fisher(params, one, targets=target)["."]
+    four = fisher(params, jnp.repeat(one, 4, 1), targets=jnp.repeat(target, 4, 1))["."]
+    assert_statistics(four, expected)
+
+
+class Poisson:
+    """A likelihood of a user's own, with nothing but nll and sample."""
+
+    def nll(self, outputs, targets):
+        return (jnp.exp(outputs) - targets * outputs).sum(-1)
+
+    def sample(self, key, outputs):
+        return jax.random.poisson(key, jnp.exp(outputs), outputs.shape).astype(outputs.dtype)
+
+
+def test_a_likelihood_of_ones_own():
+    predict, params, inputs, _, layers = mlp_problem()
+    statistics = tkfac.sampled_fisher(predict, Poisson(), layers, num_samples=3)(
+        params, inputs, key=jax.random.key(0)
+    )
+    assert all(float(s.trace) > 0 for s in statistics.values())
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "empirical"])
+def test_value_grad_and_statistics_equal_those_computed_apart(estimator):
+    predict, params, inputs, targets, layers = mlp_problem()
+    likelihood = tkfac.Categorical()
+    key = jax.random.key(7)
+    f = tkfac.value_and_grad_with_fisher(predict, likelihood, layers, estimator=estimator)
+    (loss, outputs), gradient, statistics = jax.jit(f)(params, inputs, targets=targets, key=key)
+
+    def loss_fn(params):
+        return likelihood.nll(predict(params, inputs), targets).mean()
+
+    expected_loss, expected_gradient = jax.value_and_grad(loss_fn)(params)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    np.testing.assert_allclose(outputs, predict(params, inputs), rtol=1e-12)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient, expected_gradient)
+    if estimator == "sampled":
+        expected = tkfac.sampled_fisher(predict, likelihood, layers)(params, inputs, key=key)
+    else:
+        expected = tkfac.empirical_fisher(predict, likelihood, layers)(params, inputs, targets=targets)
+    for name in layers:
+        assert_statistics(statistics[name], expected[name])
+
+
+def test_there_is_one_forward_pass():
+    predict, params, inputs, targets, layers = mlp_problem()
+    calls = []
+
+    def counted(params, inputs):
+        calls.append(1)
+        return predict(params, inputs)
+
+    f = tkfac.value_and_grad_with_fisher(counted, tkfac.Categorical(), layers, num_samples=3)
+    f(params, inputs, targets=targets, key=jax.random.key(0))
+    assert len(calls) == 1
+
+
+def test_aux_is_handed_on_and_dropped():
+    predict, params, batch_stats, inputs, targets, layers = convnet_problem()
+    f = tkfac.value_and_grad_with_fisher(predict, tkfac.Categorical(), layers, has_aux=True)
+    (_, (outputs, aux)), gradient, statistics = f(
+        params, batch_stats, inputs, targets=targets, key=jax.random.key(0)
+    )
+    expected_outputs, expected_aux = predict(params, batch_stats, inputs)
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=1e-5)
+    assert jax.tree.structure(aux) == jax.tree.structure(expected_aux)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    apart = tkfac.sampled_fisher(predict, tkfac.Categorical(), layers, has_aux=True)(
+        params, batch_stats, inputs, key=jax.random.key(0)
+    )
+    for name in layers:
+        for received, expected in zip(statistics[name], apart[name], strict=True):
+            # float32, and two programs that round differently.
+            np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_written_for_one_example_and_vmapped(rule):
+    predict, params, inputs, targets, layers = mlp_problem()
+
+    def mapped(params, inputs):
+        return jax.vmap(lambda x: predict(params, x))(inputs)
+
+    expected, received = (
+        tkfac.empirical_fisher(f, tkfac.Categorical(), layers, rule=RULES[rule][0])(
+            params, inputs, targets=targets
+        )
+        for f in (predict, mapped)
+    )
+    for name in layers:
+        assert_statistics(received[name], expected[name])
+
+
+def test_statistics_under_cond_and_pmap(keys):
+    predict, params, inputs, targets, layers = mlp_problem()
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
+    expected = fisher(params, inputs, targets=targets)
+
+    @jax.jit
+    def conditional(flag):
+        return jax.lax.cond(
+            flag, lambda: fisher(params, inputs, targets=targets), lambda: capture.zero_slots(layers)
+        )
+
+    averaged = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, axis_name="data")
+    split = jax.vmap(
+        lambda x, y: averaged(params, x, targets=y), axis_name="data"
+    )(inputs.reshape(2, 3, -1), targets.reshape(2, 3))
+    for name in layers:
+        assert_statistics(conditional(True)[name], expected[name])
+        assert float(conditional(False)[name].trace) == 0
+        assert_statistics(jax.tree.map(lambda s: s[1], split[name]), expected[name])
+
+
+def test_mapped_devices_draw_different_targets_from_one_key():
+    predict, params, inputs, _, layers = mlp_problem(1)
+    fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers, axis_name="data")
+    both = jnp.stack([inputs, inputs])
+    key = jax.random.key(0)
+    mean = jax.vmap(lambda x: fisher(params, x, key=key), axis_name="data")(both)
+    own = [
+        tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(params, inputs, key=jax.random.fold_in(key, i))
+        for i in range(2)
+    ]
+    assert float(own[0]["Dense_0"].trace) != float(own[1]["Dense_0"].trace)
+    expected = (own[0]["Dense_0"].trace + own[1]["Dense_0"].trace) / 2
+    np.testing.assert_allclose(mean["Dense_0"].trace[0], expected, rtol=1e-10)
+
+
+def test_parameters_that_are_one_object_twice():
+    model = nn.Dense(2, use_bias=False, dtype=jnp.float64)
+    shared = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    params = {"one": {"kernel": shared}, "two": {"kernel": shared}}
+    x = jnp.array([[1.0, -1.0]])
+
+    def predict(params, x):
+        return model.apply({"params": params["two"]}, model.apply({"params": params["one"]}, x))
+
+    layers = tkfac.find_layers(predict, params, x)
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    received = fisher(params, x, targets=jnp.zeros((1, 2)))
+    expected = jax.jit(fisher)(params, x, targets=jnp.zeros((1, 2)))
+    for name in layers:
+        assert_statistics(received[name], expected[name])
+
+
+def test_statistics_of_low_precision_layers_are_float32():
+    model = nn.Dense(3, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 4), jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    layers = tkfac.find_layers(predict, params, x)
+    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(params, x, key=jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(statistics)} == {jnp.dtype("float32")}
+
+
+def _fishers():
+    predict, params, inputs, targets, layers = mlp_problem()
+    make = functools.partial(tkfac.sampled_fisher, predict, tkfac.Categorical(), layers)
+    empirical = functools.partial(tkfac.empirical_fisher, predict, tkfac.Categorical(), layers)
+    both = functools.partial(tkfac.value_and_grad_with_fisher, predict, tkfac.Categorical(), layers)
+
+    class Total:
+        def nll(self, outputs, targets):
+            return outputs.sum()
+
+        def sample(self, key, outputs):
+            return outputs
+
+    def inner_jit(params, x):
+        return jax.jit(predict)(params, x)
+
+    return {
+        r"needs a key: pass key=jax.random.key\(...\)": lambda: make()(params, inputs),
+        "pass targets=...": lambda: empirical()(params, inputs),
+        "and needs a key": lambda: both()(params, inputs, targets=targets),
+        "num_samples=0; expected a whole number": lambda: make(num_samples=0),
+        "sharing='sum'; expected \"expand\" or \"reduce\"": lambda: make(sharing="sum"),
+        "rule='kfac'; expected tkfac_jax.trace_restricted": lambda: make(rule="kfac"),
+        "estimator='exact'; expected \"sampled\" or \"empirical\"": lambda: both(estimator="exact"),
+        r"nll returned shape \(\); expected one number per example": lambda: tkfac.empirical_fisher(
+            predict, Total(), layers
+        )(params, inputs, targets=targets),
+        "layer 'Dense_0' was not applied to its kernel as it stands": lambda: tkfac.empirical_fisher(
+            inner_jit, tkfac.Categorical(), layers
+        )(params, inputs, targets=targets),
+    }
+
+
+@pytest.mark.parametrize("message", _fishers())
+def test_messages(message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        _fishers()[message]()

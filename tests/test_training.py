@@ -1,0 +1,171 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from networks import convnet_problem, mlp_problem
+
+import tkfac_jax as tkfac
+
+KEYS = [jax.random.key(t) for t in range(8)]
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "empirical"])
+@pytest.mark.parametrize(("fisher_interval", "inverse_interval"), [(1, 1), (2, 4), (2, 3)])
+def test_it_equals_the_step_written_by_hand(estimator, fisher_interval, inverse_interval):
+    predict, params, x, y, layers = mlp_problem()
+    likelihood = tkfac.Categorical()
+    optimizer = tkfac.tkfac(
+        0.05, layers, damping=0.1, fisher_interval=fisher_interval, inverse_interval=inverse_interval
+    )
+    if estimator == "sampled":
+        sampled = tkfac.sampled_fisher(predict, likelihood, layers)
+        fisher = lambda params, key: sampled(params, x, key=key)  # noqa: E731
+    else:
+        empirical = tkfac.empirical_fisher(predict, likelihood, layers)
+        fisher = lambda params, key: empirical(params, x, targets=y)  # noqa: E731
+
+    @jax.jit
+    def by_hand(params, state, key):
+        loss, grads = jax.value_and_grad(lambda p: likelihood.nll(predict(p, x), y).mean())(params)
+        updates, state = optimizer.update(grads, state, params, statistics=lambda: fisher(params, key))
+        return optax.apply_updates(params, updates), state, loss
+
+    step = tkfac.make_train_step(
+        predict, likelihood, optimizer, layers=layers, estimator=estimator,
+        fisher_interval=fisher_interval, inverse_interval=inverse_interval,
+    )
+    expected, expected_state = params, optimizer.init(params)
+    received, state = copy(params), optimizer.init(params)
+    for key in KEYS:
+        expected, expected_state, loss = by_hand(expected, expected_state, key)
+        received, state, metrics = step(received, state, x, targets=y, key=key)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-9)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10),
+        (received, state), (expected, expected_state),
+    )
+
+
+def test_each_kind_of_step_is_a_program_that_is_traced_once():
+    predict, params, x, y, layers = mlp_problem()
+    traces = []
+
+    def counted(params, x):
+        traces.append(1)
+        return predict(params, x)
+
+    optimizer = tkfac.tkfac(0.05, layers)
+    step = tkfac.make_train_step(
+        counted, tkfac.Categorical(), optimizer, layers=layers, fisher_interval=2, inverse_interval=4
+    )
+    params, state = copy(params), optimizer.init(params)
+    for t in range(9):
+        params, state, _ = step(params, state, x, targets=y, key=KEYS[0])
+        # Statistics and inverses at 0; plain at 1; statistics at 2; then nothing new.
+        assert len(traces) == min(t + 1, 3)
+
+
+def test_buffers_are_donated():
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers)
+    step = tkfac.make_train_step(
+        predict, tkfac.Categorical(), optimizer, layers=layers, fisher_interval=2, inverse_interval=2
+    )
+    params, state = copy(params), optimizer.init(params)
+    step(params, state, x, targets=y, key=KEYS[0])
+    assert params["Dense_0"]["kernel"].is_deleted()
+    assert optax.tree.get(state, "factors")["Dense_0"].phi.is_deleted()
+
+
+def test_the_counter_follows_the_state():
+    """A step function continues where a state is, also one that it has not made itself."""
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers)
+
+    def new_step():
+        return tkfac.make_train_step(
+            predict, tkfac.Categorical(), optimizer, layers=layers, fisher_interval=4, inverse_interval=4
+        )
+
+    step = new_step()
+    received, state = copy(params), optimizer.init(params)
+    for t in range(6):
+        received, state, _ = step(received, state, x, targets=y, key=KEYS[t])
+    saved = copy((received, state))
+    for t in range(6, 8):
+        received, state, _ = step(received, state, x, targets=y, key=KEYS[t])
+    assert int(optax.tree.get(state, "factor_updates")) == 2
+
+    for resumed_step in (step, new_step()):
+        resumed, resumed_state = copy(saved)
+        for t in range(6, 8):
+            resumed, resumed_state, _ = resumed_step(resumed, resumed_state, x, targets=y, key=KEYS[t])
+        jax.tree.map(np.testing.assert_array_equal, (resumed, resumed_state), (received, state))
+
+
+def test_batch_norm_state_comes_back_as_aux():
+    predict, params, batch_stats, x, y, layers = convnet_problem()
+    optimizer = tkfac.tkfac(0.01, layers)
+    step = tkfac.make_train_step(
+        predict, tkfac.Categorical(), optimizer, layers=layers,
+        fisher_interval=2, inverse_interval=2, has_aux=True,
+    )
+    expected = predict(params, batch_stats, x)[1]
+    params, state = copy(params), optimizer.init(params)
+    _, _, metrics = step(params, state, batch_stats, x, targets=y, key=KEYS[0])
+    assert set(metrics) == {"loss", "aux"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics["aux"], expected)
+
+
+def test_under_pmap_loss_gradient_and_statistics_are_averaged():
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers)
+
+    def make(axis_name):
+        return tkfac.make_train_step(
+            predict, tkfac.Categorical(), optimizer, layers=layers,
+            fisher_interval=2, inverse_interval=2, estimator="empirical", axis_name=axis_name,
+        )
+
+    devices = jax.local_device_count()
+    assert devices == 2
+    plain, mapped = make(None), make("data")
+    expected, expected_state = copy(params), optimizer.init(params)
+    received, state = (
+        jax.tree.map(lambda leaf: jnp.stack([leaf] * devices), tree) for tree in (params, optimizer.init(params))
+    )
+    for _ in range(4):
+        expected, expected_state, one = plain(expected, expected_state, x, targets=y)
+        received, state, two = mapped(
+            received, state, x.reshape(devices, -1, x.shape[-1]), targets=y.reshape(devices, -1)
+        )
+        np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-9)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8, atol=1e-10), received, expected
+    )
+
+
+def test_messages(unchecked):
+    predict, params, x, y, layers = mlp_problem()
+
+    def make(optimizer, **options):
+        intervals = {"fisher_interval": 1, "inverse_interval": 1} | options
+        return tkfac.make_train_step(predict, tkfac.Categorical(), optimizer, layers=layers, **intervals)
+
+    optimizer = tkfac.tkfac(0.05, layers)
+    with pytest.raises(ValueError, match="fisher_interval=0; expected a whole number"):
+        make(optimizer, fisher_interval=0)
+    with pytest.raises(ValueError, match="inverse_interval=1.5; expected a whole number"):
+        make(optimizer, inverse_interval=1.5)
+    with pytest.raises(ValueError, match='estimator=\'exact\'; expected "sampled" or "empirical"'):
+        make(optimizer, estimator="exact")
+    with pytest.raises(ValueError, match="needs a key: pass key="):
+        make(optimizer)(params, optimizer.init(params), x, targets=y)
+    adam = optax.adam(1e-3)
+    with pytest.raises(ValueError, match="holds 0 TkfacState; make_train_step needs an optimizer with exactly one"):
+        make(adam)(params, adam.init(params), x, targets=y, key=KEYS[0])

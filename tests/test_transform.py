@@ -1,0 +1,459 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from networks import as_float64, convnet_problem, mlp_problem
+
+import tkfac_jax as tkfac
+
+
+class Small(nn.Module):
+    """A convolution and a Dense layer, both with bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Conv(3, (3, 2), strides=(2, 1), dtype=jnp.float64)(x))
+        return nn.Dense(3, dtype=jnp.float64)(x.reshape(len(x), -1))
+
+
+def small_problem():
+    model = Small()
+    x = jax.random.normal(jax.random.key(0), (5, 4, 3, 2), jnp.float64)
+    y = jax.random.randint(jax.random.key(1), (5,), 0, 3)
+    params = as_float64(model.init(jax.random.key(2), x)["params"])
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    return predict, params, x, y, tkfac.find_layers(predict, params, x)
+
+
+def to_matrices(params):
+    return {
+        name: np.concatenate(
+            [np.asarray(p["kernel"]).reshape(-1, p["kernel"].shape[-1]), np.asarray(p["bias"])[None]]
+        )
+        for name, p in params.items()
+    }
+
+
+class SmallOracle:
+    """The same network in NumPy: gradients and moments from explicit patches and the chain rule."""
+
+    def __init__(self, x, y):
+        patches = [oracles.patches(image, (3, 2), (2, 1), "SAME", (1, 1)) for image in x]
+        self.a_conv = oracles.with_one(np.stack(patches))
+        self.one_hot = np.eye(3)[np.asarray(y)]
+
+    def backward(self, params):
+        conv_output = self.a_conv @ params["Conv_0"]
+        hidden = np.tanh(conv_output)
+        a_dense = oracles.with_one(hidden.reshape(len(hidden), -1))
+        logits = a_dense @ params["Dense_0"]
+        p = np.exp(logits)
+        g_dense = p / p.sum(1, keepdims=True) - self.one_hot
+        g_hidden = (g_dense @ params["Dense_0"][:-1].T).reshape(hidden.shape)
+        return {
+            "Conv_0": (self.a_conv, g_hidden * (1 - hidden**2)),
+            "Dense_0": (a_dense[:, None], g_dense[:, None]),
+        }
+
+    def gradients(self, params):
+        return {
+            name: np.einsum("nli,nlo->io", a, g) / len(a)
+            for name, (a, g) in self.backward(params).items()
+        }
+
+    def statistics(self, params):
+        return {name: oracles.trace_restricted(a, g) for name, (a, g) in self.backward(params).items()}
+
+
+KINDS = {"Conv_0": "conv", "Dense_0": "dense"}
+DAMPINGS = {
+    "normal": (
+        0.03,
+        lambda factors: {name: oracles.normal_damping(f, 0.03) for name, f in factors.items()},
+    ),
+    "trace": (
+        tkfac.trace_damping(0.5, 0.03),
+        lambda factors: oracles.trace_damping(factors, KINDS, 0.5, 0.03),
+    ),
+}
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_ten_steps_equal_algorithm_1(damping):
+    predict, params, x, y, layers = small_problem()
+    package_damping, oracle_damping = DAMPINGS[damping]
+    optimizer = tkfac.tkfac(
+        0.1, layers, momentum=0.9, damping=package_damping, decay=0.95, fisher_interval=2, inverse_interval=3
+    )
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: tkfac.Categorical().nll(predict(p, x), y).mean())(params)
+        updates, state = optimizer.update(
+            grads, state, params, statistics=lambda: fisher(params, x, targets=y)
+        )
+        return optax.apply_updates(params, updates), state
+
+    received, state = params, optimizer.init(params)
+    for _ in range(10):
+        received, state = step(received, state)
+
+    oracle = SmallOracle(x, y)
+    expected = oracles.algorithm_1(
+        to_matrices(params), oracle.gradients, oracle.statistics, oracle_damping,
+        steps=10, alpha=0.1, tau=0.9, epsilon=0.95, t_fim=2, t_inv=3,
+    )
+    for name, matrix in to_matrices(received).items():
+        moved = np.abs(matrix - to_matrices(params)[name]).max()
+        assert moved > 0.01
+        np.testing.assert_allclose(matrix, expected[name], rtol=1e-9, atol=1e-11)
+    assert int(optax.tree.get(state, "factor_updates")) == 5
+
+
+def statistics_at(problem, t=0):
+    predict, params, x, y, layers = problem
+    moved = jax.tree.map(lambda p: p + 0.1 * t, params)
+    return tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)(moved, x, targets=y)
+
+
+def test_moments_are_averaged_before_they_are_damped():
+    problem = small_problem()
+    _, params, _, _, layers = problem
+    transform = tkfac.scale_by_tkfac(
+        layers, damping=lambda step: 0.1 / (step + 1), decay=0.7, averaging="moments"
+    )
+    state = transform.init(params)
+    both = [statistics_at(problem, t) for t in (0, 3)]
+    for statistics in both:
+        _, state = transform.update(params, state, statistics=statistics)
+    for name in layers:
+        mean = [0.7 * a + 0.3 * b for a, b in zip(both[0][name], both[1][name], strict=True)]
+        phi, psi, delta = oracles.normalised([np.asarray(m) for m in mean])
+        np.testing.assert_allclose(state.factors[name].phi, phi, rtol=1e-10)
+        np.testing.assert_allclose(state.factors[name].delta, delta, rtol=1e-10)
+        # The inverses were made at step 1, with the damping of that step.
+        damped_phi, damped_psi = oracles.normal_damping((phi, psi, delta), 0.05)
+        np.testing.assert_allclose(state.inverses[name].phi_matrix(), np.linalg.inv(damped_phi), rtol=1e-8)
+        np.testing.assert_allclose(state.inverses[name].psi, np.linalg.inv(damped_psi), rtol=1e-8)
+
+
+def test_kfac_is_the_baseline_with_its_own_damping():
+    """One step of kfac is (A + pi sqrt(lambda) I)^-1 W (G + sqrt(lambda)/pi I)^-1."""
+    predict, params, x, y, layers = small_problem()
+    optimizer = tkfac.kfac(0.1, layers, damping=0.04)
+    statistics = tkfac.empirical_fisher(
+        predict, tkfac.Categorical(), layers, rule=tkfac.independent
+    )(params, x, targets=y)
+    grads = jax.grad(lambda p: tkfac.Categorical().nll(predict(p, x), y).mean())(params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, statistics=statistics)
+    oracle = SmallOracle(x, y)
+    backward = oracle.backward(to_matrices(params))
+    for name, gradient in oracle.gradients(to_matrices(params)).items():
+        a, g, _ = oracles.independent(*backward[name])
+        pi = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / len(g)))
+        expected = -0.1 * np.linalg.solve(a + pi * 0.2 * np.eye(len(a)), gradient)
+        expected = expected @ np.linalg.inv(g + 0.2 / pi * np.eye(len(g)))
+        np.testing.assert_allclose(to_matrices(updates)[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_before_the_first_statistics_the_damping_alone_is_inverted():
+    _, params, _, _, layers = small_problem()
+    transform = tkfac.scale_by_tkfac(layers, damping=0.01)
+    updates, _ = transform.update(params, transform.init(params), statistics=None)
+    jax.tree.map(lambda u, p: np.testing.assert_allclose(u, p / 0.01, rtol=1e-10), updates, params)
+
+
+def test_intervals_and_the_three_forms_of_statistics():
+    problem = small_problem()
+    _, params, _, _, layers = problem
+    transform = tkfac.scale_by_tkfac(layers, fisher_interval=3, inverse_interval=2)
+    evaluated = []
+
+    @jax.jit
+    def update(state):
+        def statistics():
+            jax.debug.callback(lambda: evaluated.append(1))
+            return jax.tree.map(lambda s: s * (1 + state.step), statistics_at(problem))
+
+        return transform.update(params, state, statistics=statistics)[1]
+
+    state = transform.init(params)
+    for step in range(7):
+        before = state
+        state = update(state)
+        jax.effects_barrier()
+        assert len(evaluated) == step // 3 + 1
+        changed = not np.array_equal(before.inverses["Conv_0"].phi, state.inverses["Conv_0"].phi)
+        # The factors change at 0, 3 and 6, and the inverses are made at 0, 2, 4 and 6.
+        assert changed == (step in (0, 4, 6))
+    given = transform.update(params, state, statistics=statistics_at(problem, 1))[1]
+    assert int(given.factor_updates) == int(state.factor_updates) + 1
+    none = transform.update(params, state, statistics=None)[1]
+    assert none.factor_updates == state.factor_updates
+
+
+def test_refresh_can_be_decided_by_the_caller():
+    problem = small_problem()
+    _, params, _, _, layers = problem
+    transform = tkfac.scale_by_tkfac(layers, inverse_interval=1000)
+    state = transform.init(params)
+    kept = transform.update(params, state, statistics=statistics_at(problem), refresh_inverses=False)[1]
+    np.testing.assert_array_equal(kept.inverses["Dense_0"].psi, state.inverses["Dense_0"].psi)
+    fresh = transform.update(params, kept, statistics=None, refresh_inverses=True)[1]
+    expected = np.linalg.inv(kept.factors["Dense_0"].psi)
+    np.testing.assert_allclose(fresh.inverses["Dense_0"].psi, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("averaging", ["factors", "moments"])
+def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging):
+    problem = small_problem()
+    _, params, _, _, layers = problem
+    transform = tkfac.scale_by_tkfac(layers, averaging=averaging)
+    good = statistics_at(problem)
+    _, before = transform.update(params, transform.init(params), statistics=good)
+    broken = jax.tree.map(lambda s: s, good)
+    moment = broken["Dense_0"].output_moment.at[0, 1].set(bad)
+    broken["Dense_0"] = broken["Dense_0"]._replace(output_moment=moment)
+    updates, after = jax.jit(
+        lambda s: transform.update(params, before, statistics=s)
+    )(broken)
+    assert int(after.skipped_statistics) == 1
+    assert int(after.factor_updates) == 1
+    assert int(after.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, after.factors, before.factors)
+    for leaf in jax.tree.leaves((updates, after)):
+        assert bool(jnp.isfinite(leaf).all())
+    assert int(after.failed_inversions) == 0
+
+
+def test_failed_inversions_are_counted_and_leave_the_old_inverse():
+    problem = small_problem()
+    _, params, _, _, layers = problem
+    transform = tkfac.scale_by_tkfac(layers, inverse=lambda stack: jnp.full_like(stack, jnp.nan))
+    updates, state = transform.update(
+        params, transform.init(params), statistics=statistics_at(problem)
+    )
+    # Every inverse fails, also in init, where the identity stays.
+    assert int(state.failed_inversions) == 4
+    jax.tree.map(np.testing.assert_array_equal, updates, params)
+
+
+def training_problem():
+    predict, params, batch_stats, x, y, layers = convnet_problem()
+    fisher = tkfac.sampled_fisher(predict, tkfac.Categorical(), layers, has_aux=True)
+
+    def loss_fn(params):
+        return tkfac.Categorical().nll(predict(params, batch_stats, x)[0], y).mean()
+
+    def make_step(optimizer):
+        def step(params, state, key):
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, state = optimizer.update(
+                grads, state, params, statistics=lambda: fisher(params, batch_stats, x, key=key),
+                value=loss, grad=grads,
+            )
+            return optax.apply_updates(params, updates), state, loss
+        return step
+
+    return params, layers, make_step
+
+
+OPTIMIZERS = {
+    "tkfac": lambda layers: tkfac.tkfac(0.01, layers, fisher_interval=3, inverse_interval=3),
+    "kfac": lambda layers: tkfac.kfac(0.01, layers, fisher_interval=3),
+    "trace damping": lambda layers: tkfac.tkfac(0.01, layers, damping=tkfac.trace_damping(1e-2, 1e-2)),
+    "weight decay": lambda layers: tkfac.tkfac(0.01, layers, weight_decay=1e-3, norm_constraint=1.0),
+    "moments": lambda layers: tkfac.tkfac(0.01, layers, averaging="moments", momentum=0.0),
+    "schedules": lambda layers: tkfac.tkfac(
+        optax.cosine_decay_schedule(0.01, 20), layers,
+        damping=optax.exponential_decay(1.0, 10, 0.5), decay=lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)),
+    ),
+    "chain": lambda layers: optax.chain(
+        optax.clip_by_global_norm(1.0), tkfac.scale_by_tkfac(layers), optax.scale(-0.01), optax.ema(0.9)
+    ),
+    "inject": lambda layers: optax.inject_hyperparams(tkfac.tkfac)(
+        learning_rate=optax.linear_schedule(0.01, 0.0, 20), layers=layers, damping=1e-2, fisher_interval=2
+    ),
+    "inject kfac": lambda layers: optax.inject_hyperparams(tkfac.kfac)(
+        learning_rate=0.01, layers=layers, damping=1e-2
+    ),
+    "apply_if_finite": lambda layers: optax.apply_if_finite(tkfac.tkfac(0.01, layers), 3),
+    "masked": lambda layers: optax.chain(
+        optax.masked(
+            tkfac.scale_by_tkfac(layers),
+            lambda params: {name: name == "Conv_0" for name in params},
+        ),
+        optax.scale(-0.01),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_compile_once_keep_structure_and_train(name):
+    params, layers, make_step = training_problem()
+    optimizer = OPTIMIZERS[name](layers)
+    traces = []
+
+    def counted(params, state, key):
+        traces.append(1)
+        return make_step(optimizer)(params, state, key)
+
+    step = jax.jit(counted, donate_argnums=(0, 1))
+    state = optimizer.init(params)
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), (params, state))
+    losses = []
+    for t in range(8):
+        params, state, loss = step(params, state, jax.random.key(t))
+        losses.append(float(loss))
+    assert len(traces) == 1
+    assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), (params, state))
+    assert losses[-1] < losses[0]
+    assert all(np.isfinite(losses))
+    assert int(np.max(optax.tree.get_all_with_path(state, "step")[0][1])) == 8
+    assert "Conv_0" in optax.tree.get(state, "factors")
+
+
+@pytest.mark.parametrize("name", ["tkfac", "chain", "inject", "apply_if_finite"])
+def test_a_scan_of_steps_equals_the_loop(name):
+    params, layers, make_step = training_problem()
+    optimizer = OPTIMIZERS[name](layers)
+    step = make_step(optimizer)
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def body(carry, key):
+        params, state, loss = step(*carry, key)
+        return (params, state), loss
+
+    (scanned, _), losses = jax.jit(
+        lambda carry: jax.lax.scan(body, carry, keys)
+    )((params, optimizer.init(params)))
+    looped, state = params, optimizer.init(params)
+    compiled = jax.jit(step)
+    for key, expected in zip(keys, losses, strict=True):
+        looped, state, loss = compiled(looped, state, key)
+        # float32, and two programs that round differently.
+        np.testing.assert_allclose(loss, expected, rtol=1e-3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), scanned, looped)
+
+
+def test_other_parameters_go_through_the_fallback():
+    params, layers, make_step = training_problem()
+    optimizer = tkfac.tkfac(0.5, layers, fallback=optax.sgd(1e-3))
+    state = optimizer.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(grads, state, params, statistics=None)
+    np.testing.assert_allclose(updates["BatchNorm_0"]["scale"], -1e-3, rtol=1e-6)
+
+
+def test_masked_layers_have_no_state_and_keep_their_gradient():
+    params, layers, _ = training_problem()
+    transform = optax.masked(
+        tkfac.scale_by_tkfac(layers, damping=0.25),
+        {name: name != "Dense_0" for name in params},
+    )
+    state = transform.init(params)
+    assert list(optax.tree.get(state, "factors")) == ["Conv_0"]
+    updates, _ = transform.update(params, state, params, statistics=None)
+    np.testing.assert_array_equal(updates["Dense_0"]["kernel"], params["Dense_0"]["kernel"])
+    np.testing.assert_allclose(updates["Conv_0"]["kernel"], params["Conv_0"]["kernel"] / 0.25, rtol=1e-5)
+
+
+def test_weight_decay_is_decoupled_and_maskable():
+    _, params, _, _, layers = small_problem()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for mask, biases_decay in ((None, True), (lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree), False)):
+        optimizer = tkfac.tkfac(0.5, layers, weight_decay=0.1, mask=mask, momentum=0.0)
+        updates, _ = optimizer.update(zero, optimizer.init(params), params, statistics=None)
+        np.testing.assert_allclose(
+            updates["Conv_0"]["kernel"], -0.5 * 0.1 * params["Conv_0"]["kernel"], rtol=1e-12
+        )
+        expected = -0.5 * 0.1 * params["Conv_0"]["bias"] * biases_decay
+        np.testing.assert_allclose(updates["Conv_0"]["bias"], expected, rtol=1e-12)
+
+
+def test_hyperparameters_can_be_changed_while_training():
+    params, layers, make_step = training_problem()
+    optimizer = optax.inject_hyperparams(tkfac.tkfac)(learning_rate=0.01, layers=layers, damping=1e-2)
+    state = optimizer.init(params)
+    step = jax.jit(make_step(optimizer))
+    state.hyperparams["learning_rate"] = jnp.zeros(())
+    moved, _, _ = step(params, state, jax.random.key(0))
+    np.testing.assert_array_equal(moved["Conv_0"]["kernel"], params["Conv_0"]["kernel"])
+    state.hyperparams["learning_rate"] = jnp.asarray(0.01)
+    moved, _, _ = step(params, state, jax.random.key(0))
+    assert float(jnp.abs(moved["Conv_0"]["kernel"] - params["Conv_0"]["kernel"]).max()) > 0
+
+
+def test_low_precision_parameters_keep_their_dtype():
+    model = nn.Dense(3, param_dtype=jnp.bfloat16)
+    x = jnp.ones((4, 2), jnp.bfloat16)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    layers = tkfac.find_layers(predict, params, x)
+    optimizer = tkfac.tkfac(0.1, layers, momentum=0.0)
+    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(params, x, key=jax.random.key(0))
+    updates, state = optimizer.update(params, optimizer.init(params), params, statistics=statistics)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    assert optax.tree.get(state, "factors")["."].phi.dtype == jnp.float32
+
+
+_, PARAMS, _, _, LAYERS = mlp_problem()
+
+
+def test_statistics_must_not_be_forgotten():
+    optimizer = tkfac.tkfac(0.1, LAYERS)
+    with pytest.raises(TypeError, match="update.. needs the keyword argument 'statistics': a function such as"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"fisher_interval": 0}, "fisher_interval=0; expected a whole number of steps, at least 1"),
+    ({"inverse_interval": -3}, "inverse_interval=-3; expected a whole number"),
+    ({"fisher_interval": 2.5}, "fisher_interval=2.5; expected a whole number"),
+    ({"decay": 1.5}, r"decay=1.5; expected a number in \[0, 1\) or a function"),
+    ({"decay": -0.1}, r"decay=-0.1; expected a number in \[0, 1\)"),
+    ({"damping": -1.0}, "damping=-1.0; expected a positive number, a schedule or a traced scalar"),
+    ({"averaging": "mean"}, "averaging='mean'; expected \"factors\" or \"moments\""),
+    ({"norm_constraint": 0.0}, "norm_constraint=0.0; expected a positive number"),
+    ({"momentum": 1.0}, r"momentum=1.0; expected a number in \[0, 1\)"),
+    ({"weight_decay": -1e-4}, "weight_decay=-0.0001; expected a number of at least 0"),
+    ({"layers": PARAMS}, r"layers is dict; expected what find_layers\(predict, params, ...\) returned"),
+])
+def test_wrong_options(options, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        tkfac.tkfac(**{"learning_rate": 0.1, "layers": LAYERS} | options)
+
+
+def test_trace_damping_is_not_for_kfac():
+    with pytest.raises(ValueError, match="trace damping is defined for TKFAC"):
+        tkfac.kfac(0.1, LAYERS, damping=tkfac.trace_damping(1e-2, 1e-2))
+
+
+def test_wrong_gradients_and_statistics(unchecked):
+    transform = tkfac.scale_by_tkfac(LAYERS)
+    state = transform.init(PARAMS)
+    with pytest.raises(ValueError, match="layer 'Dense_2': updates should hold 'Dense_2/kernel'"):
+        transform.update({k: v for k, v in PARAMS.items() if k != "Dense_2"}, state, statistics=None)
+    leaves_hidden = jax.tree.map(lambda _: optax.MaskedNode(), PARAMS["Dense_2"])
+    for hidden in (optax.MaskedNode(), leaves_hidden):
+        with pytest.raises(ValueError, match=r"updates hold the layers \['Dense_0', 'Dense_1'\], the state"):
+            transform.update({**PARAMS, "Dense_2": hidden}, state, statistics=None)
+    statistics = tkfac.capture.zero_slots(LAYERS)
+    with pytest.raises(ValueError, match=r"statistics are for \['Dense_0'\]; expected a dictionary for the layers"):
+        transform.update(PARAMS, state, statistics={"Dense_0": statistics["Dense_0"]})
+    with pytest.raises(ValueError, match="statistics are for int; expected a dictionary"):
+        transform.update(PARAMS, state, statistics=3)
+    statistics["Dense_0"] = statistics["Dense_1"]
+    with pytest.raises(ValueError, match=r"statistics of layer 'Dense_0' have shapes \(\(5, 5\), \(4, 4\), \(\)\)"):
+        transform.update(PARAMS, state, statistics=statistics)
