@@ -31,9 +31,7 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
         x = nn.Conv(4, (3, 3), strides=2, dtype=self.dtype, param_dtype=self.dtype)(x)
-        x = nn.BatchNorm(
-            use_running_average=not train, dtype=self.dtype, param_dtype=self.dtype
-        )(x)
+        x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype, param_dtype=self.dtype)(x)
         x = nn.relu(x).reshape(len(x), -1)
         return nn.Dense(3, dtype=self.dtype, param_dtype=self.dtype)(x)
 

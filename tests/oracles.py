@@ -23,9 +23,7 @@ def patches(image, window, strides, padding, dilation):
     """What each output location of a convolution sees: `(locations, taps * channels)`."""
     image = np.asarray(image, np.float64)
     spans = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
-    pads = [
-        explicit_padding(image.shape[i], spans[i], strides[i], padding, i) for i in range(2)
-    ]
+    pads = [explicit_padding(image.shape[i], spans[i], strides[i], padding, i) for i in range(2)]
     mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(str(padding), "constant")
     padded = np.pad(image, [*pads, (0, 0)], mode=mode)
     rows = []

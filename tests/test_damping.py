@@ -40,7 +40,9 @@ def assert_damped(received, expected):
 def test_normal_damping(value):
     made = factors([0.5, 2.0, 1e-3])
     received = jax.jit(lambda f: tkfac.normal_damping(value).damp(f, LAYERS, STEP))(made)
-    assert_damped(received, {n: oracles.normal_damping(f, 0.03) for n, f in numpy_form(made).items()})
+    assert_damped(
+        received, {n: oracles.normal_damping(f, 0.03) for n, f in numpy_form(made).items()}
+    )
     assert float(received["dense"].delta) == 1e-3
 
 
@@ -60,7 +62,9 @@ def test_trace_damping_stays_finite_for_dead_layers(delta):
     for leaf in jax.tree.leaves(received):
         assert bool(jnp.isfinite(leaf).all())
     if delta == 0:
-        alive = tkfac.trace_damping(0.01, 0.03).damp(factors([1.0, 0.3, 2.0], jnp.float32), LAYERS, STEP)
+        alive = tkfac.trace_damping(0.01, 0.03).damp(
+            factors([1.0, 0.3, 2.0], jnp.float32), LAYERS, STEP
+        )
         np.testing.assert_array_equal(received["dense"].phi, alive["dense"].phi)
 
 
@@ -80,14 +84,23 @@ def test_factored_damping_of_a_dead_layer():
     np.testing.assert_allclose(received["dense"].phi, 0.3 * np.eye(6), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: tkfac.normal_damping(-1e-3), "damping=-0.001; expected a positive number, a schedule"),
-    (lambda: tkfac.normal_damping(0), "damping=0; expected a positive number"),
-    (lambda: tkfac.normal_damping(float("nan")), "damping=nan; expected a positive number"),
-    (lambda: tkfac.trace_damping(0.0, 1e-3), "floor of trace damping=0.0; expected a positive number"),
-    (lambda: tkfac.trace_damping(1e-3, -1.0), "dense_damping=-1.0; expected a positive number"),
-    (lambda: tkfac.factored_damping(0.0), "damping=0.0; expected a positive number"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: tkfac.normal_damping(-1e-3),
+            "damping=-0.001; expected a positive number, a schedule",
+        ),
+        (lambda: tkfac.normal_damping(0), "damping=0; expected a positive number"),
+        (lambda: tkfac.normal_damping(float("nan")), "damping=nan; expected a positive number"),
+        (
+            lambda: tkfac.trace_damping(0.0, 1e-3),
+            "floor of trace damping=0.0; expected a positive number",
+        ),
+        (lambda: tkfac.trace_damping(1e-3, -1.0), "dense_damping=-1.0; expected a positive number"),
+        (lambda: tkfac.factored_damping(0.0), "damping=0.0; expected a positive number"),
+    ],
+)
 def test_messages(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()

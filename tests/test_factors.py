@@ -55,12 +55,15 @@ def test_averages_of_moments_keep_the_trace_identity():
     np.testing.assert_allclose(np.trace(received.phi), 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("decay", "updates", "expected"), [
-    (0.95, 0, 0.0),
-    (0.95, 3, 0.95),
-    (lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)), 0, 0.0),
-    (lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)), 3, 0.75),
-    (lambda n: 0.5, 0, 0.5),
-])
+@pytest.mark.parametrize(
+    ("decay", "updates", "expected"),
+    [
+        (0.95, 0, 0.0),
+        (0.95, 3, 0.95),
+        (lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)), 0, 0.0),
+        (lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)), 3, 0.75),
+        (lambda n: 0.5, 0, 0.5),
+    ],
+)
 def test_decay(decay, updates, expected):
     assert float(decay_at(decay, jnp.asarray(updates))) == pytest.approx(expected)

@@ -15,11 +15,15 @@ def positive_definite(seed, size, dtype=jnp.float64):
 
 def layers_of(sizes, biased):
     layers = {
-        f"layer_{i}": tkfac.LayerSpec("", "dense", "kernel", "bias" if bias else None, (1, 1), "float64")
+        f"layer_{i}": tkfac.LayerSpec(
+            "", "dense", "kernel", "bias" if bias else None, (1, 1), "float64"
+        )
         for i, bias in enumerate(biased)
     }
     factors = {
-        name: KroneckerFactors(positive_definite(i, d_in), positive_definite(i + 100, d_out), jnp.ones(()))
+        name: KroneckerFactors(
+            positive_definite(i, d_in), positive_definite(i + 100, d_out), jnp.ones(())
+        )
         for i, (name, (d_in, d_out)) in enumerate(zip(layers, sizes, strict=True))
     }
     old = {
@@ -47,12 +51,14 @@ def test_cholesky_inverse_says_nan_where_it_fails():
 
 def test_all_layers_are_inverted_with_and_without_bias():
     layers, factors, old = layers_of([(5, 3), (5, 5), (2, 3)], [True, False, True])
-    received, failures = jax.jit(
-        lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse)
-    )(factors, old)
+    received, failures = jax.jit(lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse))(
+        factors, old
+    )
     assert int(failures) == 0
     for name, inverse in received.items():
-        np.testing.assert_allclose(inverse.phi_matrix(), np.linalg.inv(factors[name].phi), rtol=1e-9)
+        np.testing.assert_allclose(
+            inverse.phi_matrix(), np.linalg.inv(factors[name].phi), rtol=1e-9
+        )
         np.testing.assert_allclose(inverse.psi, np.linalg.inv(factors[name].psi), rtol=1e-9)
         assert (inverse.bias is None) == (not layers[name].has_bias)
 
@@ -74,26 +80,34 @@ def test_a_singular_matrix_is_retried_with_more_damping(dtype):
     """Rank one, and pushed below zero by rounding: Cholesky fails, a little damping mends it."""
     layers, factors, old = layers_of([(4, 3)], [False])
     ones = jnp.ones((4, 4), dtype) - 1e-6 * jnp.eye(4, dtype=dtype)
-    factors["layer_0"] = factors["layer_0"]._replace(phi=ones, psi=factors["layer_0"].psi.astype(dtype))
+    factors["layer_0"] = factors["layer_0"]._replace(
+        phi=ones, psi=factors["layer_0"].psi.astype(dtype)
+    )
     old = jax.tree.map(lambda leaf: leaf.astype(dtype), old)
     received, failures = invert_factors(factors, old, layers, tkfac.cholesky_inverse)
     assert int(failures) == 0
     damped = np.asarray(ones, np.float64) + 1e-4 * np.mean(np.diag(ones)) * np.eye(4)
     # The condition number is 4e4.
-    np.testing.assert_allclose(received["layer_0"].phi, np.linalg.inv(damped), rtol=2e-2 if dtype == jnp.float32 else 1e-6)
-    np.testing.assert_allclose(received["layer_0"].psi, np.linalg.inv(factors["layer_0"].psi), rtol=1e-3)
+    np.testing.assert_allclose(
+        received["layer_0"].phi, np.linalg.inv(damped), rtol=2e-2 if dtype == jnp.float32 else 1e-6
+    )
+    np.testing.assert_allclose(
+        received["layer_0"].psi, np.linalg.inv(factors["layer_0"].psi), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, -5.0], ids=["nan", "negative"])
 def test_a_hopeless_matrix_leaves_the_old_inverse(bad):
     layers, factors, old = layers_of([(4, 3), (4, 2)], [True, True])
     factors["layer_0"] = factors["layer_0"]._replace(phi=bad * jnp.eye(4))
-    received, failures = jax.jit(
-        lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse)
-    )(factors, old)
+    received, failures = jax.jit(lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse))(
+        factors, old
+    )
     assert int(failures) == 1
     np.testing.assert_array_equal(received["layer_0"].phi_matrix(), 7 * np.eye(4))
-    np.testing.assert_allclose(received["layer_0"].psi, np.linalg.inv(factors["layer_0"].psi), rtol=1e-9)
+    np.testing.assert_allclose(
+        received["layer_0"].psi, np.linalg.inv(factors["layer_0"].psi), rtol=1e-9
+    )
     np.testing.assert_allclose(
         received["layer_1"].phi_matrix(), np.linalg.inv(factors["layer_1"].phi), rtol=1e-9
     )

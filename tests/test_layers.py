@@ -124,14 +124,38 @@ def test_a_jitted_function_is_looked_into():
     ("module", "x", "reason"),
     [
         (partial(nn.Conv, 4, (3,)), jnp.ones((1, 5, 2)), "a convolution over 1 spatial axes"),
-        (partial(nn.Conv, 4, (2, 2, 2)), jnp.ones((1, 3, 3, 3, 2)), "a convolution over 3 spatial axes"),
-        (partial(nn.Conv, 4, (3, 3), feature_group_count=2), jnp.ones((1, 5, 5, 2)), "feature_group_count=2"),
-        (partial(nn.Conv, 4, (3, 3), input_dilation=2, padding=1), jnp.ones((1, 5, 5, 2)), "input_dilation=2"),
-        (partial(nn.Conv, 4, (3, 3), mask=jnp.ones((3, 3, 2, 4))), jnp.ones((1, 5, 5, 2)), "a masked kernel"),
-        (partial(nn.ConvTranspose, 4, (3, 3)), jnp.ones((1, 5, 5, 2)), "ConvTranspose is not a supported layer"),
+        (
+            partial(nn.Conv, 4, (2, 2, 2)),
+            jnp.ones((1, 3, 3, 3, 2)),
+            "a convolution over 3 spatial axes",
+        ),
+        (
+            partial(nn.Conv, 4, (3, 3), feature_group_count=2),
+            jnp.ones((1, 5, 5, 2)),
+            "feature_group_count=2",
+        ),
+        (
+            partial(nn.Conv, 4, (3, 3), input_dilation=2, padding=1),
+            jnp.ones((1, 5, 5, 2)),
+            "input_dilation=2",
+        ),
+        (
+            partial(nn.Conv, 4, (3, 3), mask=jnp.ones((3, 3, 2, 4))),
+            jnp.ones((1, 5, 5, 2)),
+            "a masked kernel",
+        ),
+        (
+            partial(nn.ConvTranspose, 4, (3, 3)),
+            jnp.ones((1, 5, 5, 2)),
+            "ConvTranspose is not a supported layer",
+        ),
         (partial(nn.DenseGeneral, 4), jnp.ones((2, 3)), "DenseGeneral is not a supported layer"),
         (partial(nn.Embed, 7, 4), jnp.zeros((2,), int), "Embed is not a supported layer"),
-        (partial(nn.Dense, 4, dot_general=jax.lax.dot_general), jnp.ones((2, 3)), "its own dot_general"),
+        (
+            partial(nn.Dense, 4, dot_general=jax.lax.dot_general),
+            jnp.ones((2, 3)),
+            "its own dot_general",
+        ),
     ],
 )
 def test_unsupported_layers_are_left_by_name(module, x, reason):
@@ -212,7 +236,7 @@ def test_kernels_that_are_not_used_as_they_stand_are_refused(change):
     params = init(net, x)
 
     def predict(params, x):
-        first = [name for name in params if name != "last"][0]
+        first = next(name for name in params if name != "last")
         changed = dict(params)
         if change == "scale":
             changed[first] = jax.tree.map(lambda w: 0.5 * w, params[first])
@@ -305,9 +329,13 @@ def test_messages(unchecked):
     model = nn.Dense(3)
     x = jnp.ones((2, 4))
     params = init(model, x)
-    with pytest.raises(ValueError, match='on_unsupported=\'raise\'; expected "warn", "error" or "ignore"'):
+    with pytest.raises(
+        ValueError, match='on_unsupported=\'raise\'; expected "warn", "error" or "ignore"'
+    ):
         tkfac.find_layers(lambda p, x: x, params, x, on_unsupported="raise")
-    with pytest.raises(ValueError, match="find_layers found no supported layer: 'bias': no supported"):
+    with pytest.raises(
+        ValueError, match="find_layers found no supported layer: 'bias': no supported"
+    ):
         tkfac.find_layers(lambda p, x: x, params, x)
     with pytest.raises(ValueError, match="params has no leaves"):
         tkfac.find_layers(lambda p, x: x, {}, x)
@@ -341,5 +369,7 @@ def test_memory_is_that_of_the_state():
     scalars = sum(factors.delta.nbytes for factors in state.factors.values())
     counted = sum(spec.num_bytes for spec in layers.values())
     # The bias's row of an inverse is kept once, not as row and column.
-    duplicate = sum(np.dtype(s.dtype).itemsize * (s.d_in - 1) for s in layers.values() if s.has_bias)
+    duplicate = sum(
+        np.dtype(s.dtype).itemsize * (s.d_in - 1) for s in layers.values() if s.has_bias
+    )
     assert held - scalars == counted - duplicate

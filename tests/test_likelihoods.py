@@ -51,7 +51,9 @@ def test_samples_have_the_form_of_targets_and_the_right_mean(likelihood, keys):
         expected = jax.nn.softmax(outputs[0])
     else:
         received = targets.mean(0)
-        expected = outputs[0] if isinstance(likelihood, tkfac.Normal) else jax.nn.sigmoid(outputs[0])
+        expected = (
+            outputs[0] if isinstance(likelihood, tkfac.Normal) else jax.nn.sigmoid(outputs[0])
+        )
     # Five standard errors of the mean of 20,000 draws of a deviation of at most 0.84.
     np.testing.assert_allclose(received, expected, atol=5 * 0.84 / np.sqrt(20_000))
 
@@ -72,9 +74,7 @@ def test_the_expected_squared_score_is_minus_the_expected_second_derivative(like
 
     g = jax.vmap(scores)(jax.random.split(next(keys), draws))
     # A standard error is at most 3 / sqrt(draws) for these scores; six of them.
-    np.testing.assert_allclose(
-        g.T @ g / draws, curvature(next(keys)), atol=6 * 3 / np.sqrt(draws)
-    )
+    np.testing.assert_allclose(g.T @ g / draws, curvature(next(keys)), atol=6 * 3 / np.sqrt(draws))
 
 
 @pytest.mark.parametrize("kind", [tkfac.Categorical, tkfac.Bernoulli, tkfac.Normal])
@@ -106,14 +106,38 @@ def test_likelihoods_fulfil_the_protocol():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tkfac.Normal().nll(jnp.ones((2, 3), int), jnp.ones((2, 3))), "Normal expects floating-point outputs; got int64"),
-        (lambda: tkfac.Normal().nll(jnp.ones((2, 3)), jnp.ones((2, 3), int)), r"Normal expects floating-point targets; got int64. Convert them with .astype\(jnp.float32\)"),
-        (lambda: tkfac.Normal().sample(jax.random.key(0), jnp.ones((2, 3), int)), "Normal expects floating-point outputs"),
-        (lambda: tkfac.Bernoulli().nll(jnp.ones((2, 3), int), jnp.ones((2, 3))), "Bernoulli expects floating-point outputs"),
-        (lambda: tkfac.Categorical().nll(jnp.ones((2, 3)), jnp.ones((2,))), "Categorical expects integer class indices as targets; got float64"),
-        (lambda: tkfac.Categorical().nll(jnp.ones((2, 3)), jnp.ones((3,), int)), r"targets have shape \(3,\); the outputs ask for \(2,\)"),
-        (lambda: tkfac.Normal().nll(jnp.ones((2, 3)), jnp.ones((2,))), r"Normal: targets have shape \(2,\); the outputs ask for \(2, 3\)"),
-        (lambda: tkfac.Bernoulli().nll(jnp.ones((2, 3)), jnp.ones((2, 1))), "Bernoulli: targets have shape"),
+        (
+            lambda: tkfac.Normal().nll(jnp.ones((2, 3), int), jnp.ones((2, 3))),
+            "Normal expects floating-point outputs; got int64",
+        ),
+        (
+            lambda: tkfac.Normal().nll(jnp.ones((2, 3)), jnp.ones((2, 3), int)),
+            r"Normal expects floating-point targets; got int64. Convert them with .astype\(jnp.float32\)",
+        ),
+        (
+            lambda: tkfac.Normal().sample(jax.random.key(0), jnp.ones((2, 3), int)),
+            "Normal expects floating-point outputs",
+        ),
+        (
+            lambda: tkfac.Bernoulli().nll(jnp.ones((2, 3), int), jnp.ones((2, 3))),
+            "Bernoulli expects floating-point outputs",
+        ),
+        (
+            lambda: tkfac.Categorical().nll(jnp.ones((2, 3)), jnp.ones((2,))),
+            "Categorical expects integer class indices as targets; got float64",
+        ),
+        (
+            lambda: tkfac.Categorical().nll(jnp.ones((2, 3)), jnp.ones((3,), int)),
+            r"targets have shape \(3,\); the outputs ask for \(2,\)",
+        ),
+        (
+            lambda: tkfac.Normal().nll(jnp.ones((2, 3)), jnp.ones((2,))),
+            r"Normal: targets have shape \(2,\); the outputs ask for \(2, 3\)",
+        ),
+        (
+            lambda: tkfac.Bernoulli().nll(jnp.ones((2, 3)), jnp.ones((2, 1))),
+            "Bernoulli: targets have shape",
+        ),
         (lambda: tkfac.Normal(0.0), "Normal: variance=0.0; expected a positive number"),
     ],
 )

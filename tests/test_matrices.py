@@ -46,13 +46,22 @@ def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
     expected = np.asarray(predict(params, x))
     np.testing.assert_allclose(rows @ matrix, expected.reshape(2, -1, 3), rtol=1e-12, atol=1e-12)
 
-    broadcast = [v if isinstance(v, tuple) else (v, v) for v in (
-        options.get("strides", 1), options.get("kernel_dilation", 1))]
+    broadcast = [
+        v if isinstance(v, tuple) else (v, v)
+        for v in (options.get("strides", 1), options.get("kernel_dilation", 1))
+    ]
     patches = np.stack(
-        [oracles.patches(image, window, broadcast[0], options.get("padding", "SAME"), broadcast[1]) for image in x]
+        [
+            oracles.patches(
+                image, window, broadcast[0], options.get("padding", "SAME"), broadcast[1]
+            )
+            for image in x
+        ]
     )
     np.testing.assert_array_equal(rows[..., : patches.shape[-1]], patches)
-    np.testing.assert_array_equal(gradient_rows(spec, jnp.asarray(expected)), expected.reshape(2, -1, 3))
+    np.testing.assert_array_equal(
+        gradient_rows(spec, jnp.asarray(expected)), expected.reshape(2, -1, 3)
+    )
 
 
 def test_negative_padding_crops():

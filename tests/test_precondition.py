@@ -77,7 +77,8 @@ def test_norm_constraint(bound):
     free = precondition(params, identity_inverses(layers, 3.0), layers)
     bounded = precondition(params, identity_inverses(layers, 3.0), layers, norm_constraint=bound)
     product = sum(
-        float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(params), strict=True)
+        float(jnp.vdot(a, b))
+        for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(params), strict=True)
     )
     scale = min(1.0, np.sqrt(bound / product))
     assert (scale < 1) == (bound < 1)

@@ -28,12 +28,14 @@ def assert_statistics(received, expected):
 def per_example_matrices(loss, params, layer):
     """Per-example gradients of one Dense layer as matrices, bias last: from jax.grad alone."""
     grads = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
+
     def matrices(inputs, targets):
         gradient = grads(params, inputs, targets)[layer]
         rows = [gradient["kernel"]]
         if "bias" in gradient:
             rows.append(gradient["bias"][:, None, :])
         return np.asarray(jnp.concatenate(rows, axis=1))
+
     return matrices
 
 
@@ -100,10 +102,14 @@ def test_conv_statistics_equal_those_of_explicit_patches(
 
     u = jax.vmap(jax.grad(example_loss))(model.apply({"params": params}, x), y)
     u = np.asarray(u).reshape(batch, -1, features)
-    a = np.stack([
-        oracles.patches(image, window, geometry["strides"], geometry["padding"], geometry["kernel_dilation"])
-        for image in x
-    ])
+    a = np.stack(
+        [
+            oracles.patches(
+                image, window, geometry["strides"], geometry["padding"], geometry["kernel_dilation"]
+            )
+            for image in x
+        ]
+    )
     a = oracles.with_one(a) if use_bias else a
     assert_statistics(statistics, oracle(a, u))
     # The oracle's patches are the right ones: with them, sum_i a_i u_i^T is the kernel's gradient.
@@ -182,7 +188,10 @@ def test_a_layer_applied_twice_adds_its_uses_up():
     hidden = np.tanh(x @ kernel)
     g_second = hidden @ kernel - y
     g_first = (g_second @ kernel.T) * (1 - hidden**2)
-    uses = [oracles.trace_restricted(a[:, None], g[:, None]) for a, g in ((x, g_first), (hidden, g_second))]
+    uses = [
+        oracles.trace_restricted(a[:, None], g[:, None])
+        for a, g in ((x, g_first), (hidden, g_second))
+    ]
     assert_statistics(received, [first + second for first, second in zip(*uses, strict=True)])
 
 
@@ -191,7 +200,9 @@ def test_statistics_of_half_batches_average_to_those_of_the_batch(rule):
     predict, params, inputs, targets, layers = mlp_problem(8)
     fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, rule=RULES[rule][0])
     whole = fisher(params, inputs, targets=targets)
-    halves = [fisher(params, inputs[part], targets=targets[part]) for part in (slice(4), slice(4, 8))]
+    halves = [
+        fisher(params, inputs[part], targets=targets[part]) for part in (slice(4), slice(4, 8))
+    ]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     for name in layers:
         assert_statistics(whole[name], mean[name])
@@ -201,7 +212,9 @@ def test_the_trace_of_the_block_is_exact():
     """tr(delta Phi (x) Psi) = tr(F), the property that gives TKFAC its name."""
     rng = np.random.default_rng(0)
     a, g = rng.normal(size=(6, 3, 4)), rng.normal(size=(6, 3, 2))
-    received = tkfac.trace_restricted(jnp.asarray(a.reshape(-1, 4)), jnp.asarray(g.reshape(-1, 2)), 3)
+    received = tkfac.trace_restricted(
+        jnp.asarray(a.reshape(-1, 4)), jnp.asarray(g.reshape(-1, 2)), 3
+    )
     factors = tkfac.factors.kronecker_factors(jax.tree.map(lambda s: s / 6, received))
     block = factors.delta * np.kron(factors.phi, factors.psi)
     np.testing.assert_allclose(np.trace(block), np.trace(oracles.fisher_block(a, g)), rtol=1e-12)
@@ -210,7 +223,9 @@ def test_the_trace_of_the_block_is_exact():
 def test_one_example_gives_the_block_exactly():
     rng = np.random.default_rng(1)
     a, g = rng.normal(size=(1, 1, 4)), rng.normal(size=(1, 1, 3))
-    factors = tkfac.factors.kronecker_factors(tkfac.trace_restricted(jnp.asarray(a[0]), jnp.asarray(g[0]), 1))
+    factors = tkfac.factors.kronecker_factors(
+        tkfac.trace_restricted(jnp.asarray(a[0]), jnp.asarray(g[0]), 1)
+    )
     block = factors.delta * np.kron(factors.phi, factors.psi)
     np.testing.assert_allclose(block, oracles.fisher_block(a, g), rtol=1e-12, atol=1e-14)
 
@@ -232,7 +247,11 @@ def test_all_pairs_of_inputs_and_gradients_give_the_block_of_kfac():
 
 @pytest.mark.parametrize(
     ("likelihood", "name"),
-    [(tkfac.Categorical(), "categorical"), (tkfac.Bernoulli(), "bernoulli"), (tkfac.Normal(0.5), 0.5)],
+    [
+        (tkfac.Categorical(), "categorical"),
+        (tkfac.Bernoulli(), "bernoulli"),
+        (tkfac.Normal(0.5), 0.5),
+    ],
     ids=str,
 )
 def test_sampled_fisher_converges_to_the_closed_form(likelihood, name):
@@ -248,7 +267,9 @@ def test_sampled_fisher_converges_to_the_closed_form(likelihood, name):
     fishers = [oracles.output_fisher(name, row) for row in outputs]
     inputs = np.asarray(x)
     expected = (
-        np.mean([np.trace(f) * np.outer(a, a) for a, f in zip(inputs, fishers, strict=True)], axis=0),
+        np.mean(
+            [np.trace(f) * np.outer(a, a) for a, f in zip(inputs, fishers, strict=True)], axis=0
+        ),
         np.mean([a @ a * f for a, f in zip(inputs, fishers, strict=True)], axis=0),
         np.mean([a @ a * np.trace(f) for a, f in zip(inputs, fishers, strict=True)]),
     )
@@ -264,7 +285,9 @@ def test_sampled_fisher_converges_to_the_closed_form(likelihood, name):
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("likelihood", [tkfac.Categorical(average_positions=True), tkfac.Bernoulli(True)], ids=str)
+@pytest.mark.parametrize(
+    "likelihood", [tkfac.Categorical(average_positions=True), tkfac.Bernoulli(True)], ids=str
+)
 def test_averaged_positions_give_the_fisher_of_one_position(likelihood):
     """T copies of a position: the mean loss has the gradient, and the Fisher, of one of them."""
     model = nn.Dense(3, use_bias=False, dtype=jnp.float64)
@@ -314,11 +337,15 @@ def test_value_grad_and_statistics_equal_those_computed_apart(estimator):
     expected_loss, expected_gradient = jax.value_and_grad(loss_fn)(params)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
     np.testing.assert_allclose(outputs, predict(params, inputs), rtol=1e-12)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient, expected_gradient)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient, expected_gradient
+    )
     if estimator == "sampled":
         expected = tkfac.sampled_fisher(predict, likelihood, layers)(params, inputs, key=key)
     else:
-        expected = tkfac.empirical_fisher(predict, likelihood, layers)(params, inputs, targets=targets)
+        expected = tkfac.empirical_fisher(predict, likelihood, layers)(
+            params, inputs, targets=targets
+        )
     for name in layers:
         assert_statistics(statistics[name], expected[name])
 
@@ -380,13 +407,15 @@ def test_statistics_under_cond_and_pmap(keys):
     @jax.jit
     def conditional(flag):
         return jax.lax.cond(
-            flag, lambda: fisher(params, inputs, targets=targets), lambda: capture.zero_slots(layers)
+            flag,
+            lambda: fisher(params, inputs, targets=targets),
+            lambda: capture.zero_slots(layers),
         )
 
     averaged = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, axis_name="data")
-    split = jax.vmap(
-        lambda x, y: averaged(params, x, targets=y), axis_name="data"
-    )(inputs.reshape(2, 3, -1), targets.reshape(2, 3))
+    split = jax.vmap(lambda x, y: averaged(params, x, targets=y), axis_name="data")(
+        inputs.reshape(2, 3, -1), targets.reshape(2, 3)
+    )
     for name in layers:
         assert_statistics(conditional(True)[name], expected[name])
         assert float(conditional(False)[name].trace) == 0
@@ -400,7 +429,9 @@ def test_mapped_devices_draw_different_targets_from_one_key():
     key = jax.random.key(0)
     mean = jax.vmap(lambda x: fisher(params, x, key=key), axis_name="data")(both)
     own = [
-        tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(params, inputs, key=jax.random.fold_in(key, i))
+        tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
+            params, inputs, key=jax.random.fold_in(key, i)
+        )
         for i in range(2)
     ]
     assert float(own[0]["Dense_0"].trace) != float(own[1]["Dense_0"].trace)
@@ -434,7 +465,9 @@ def test_statistics_of_low_precision_layers_are_float32():
         return model.apply({"params": params}, x)
 
     layers = tkfac.find_layers(predict, params, x)
-    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(params, x, key=jax.random.key(0))
+    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
+        params, x, key=jax.random.key(0)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(statistics)} == {jnp.dtype("float32")}
 
 
@@ -459,15 +492,17 @@ def _fishers():
         "pass targets=...": lambda: empirical()(params, inputs),
         "and needs a key": lambda: both()(params, inputs, targets=targets),
         "num_samples=0; expected a whole number": lambda: make(num_samples=0),
-        "sharing='sum'; expected \"expand\" or \"reduce\"": lambda: make(sharing="sum"),
+        'sharing=\'sum\'; expected "expand" or "reduce"': lambda: make(sharing="sum"),
         "rule='kfac'; expected tkfac_jax.trace_restricted": lambda: make(rule="kfac"),
-        "estimator='exact'; expected \"sampled\" or \"empirical\"": lambda: both(estimator="exact"),
+        'estimator=\'exact\'; expected "sampled" or "empirical"': lambda: both(estimator="exact"),
         r"nll returned shape \(\); expected one number per example": lambda: tkfac.empirical_fisher(
             predict, Total(), layers
         )(params, inputs, targets=targets),
-        "layer 'Dense_0' was not applied to its kernel as it stands": lambda: tkfac.empirical_fisher(
-            inner_jit, tkfac.Categorical(), layers
-        )(params, inputs, targets=targets),
+        "layer 'Dense_0' was not applied to its kernel as it stands": lambda: (
+            tkfac.empirical_fisher(inner_jit, tkfac.Categorical(), layers)(
+                params, inputs, targets=targets
+            )
+        ),
     }
 
 

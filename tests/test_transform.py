@@ -34,7 +34,10 @@ def small_problem():
 def to_matrices(params):
     return {
         name: np.concatenate(
-            [np.asarray(p["kernel"]).reshape(-1, p["kernel"].shape[-1]), np.asarray(p["bias"])[None]]
+            [
+                np.asarray(p["kernel"]).reshape(-1, p["kernel"].shape[-1]),
+                np.asarray(p["bias"])[None],
+            ]
         )
         for name, p in params.items()
     }
@@ -68,7 +71,9 @@ class SmallOracle:
         }
 
     def statistics(self, params):
-        return {name: oracles.trace_restricted(a, g) for name, (a, g) in self.backward(params).items()}
+        return {
+            name: oracles.trace_restricted(a, g) for name, (a, g) in self.backward(params).items()
+        }
 
 
 KINDS = {"Conv_0": "conv", "Dense_0": "dense"}
@@ -89,7 +94,13 @@ def test_ten_steps_equal_algorithm_1(damping):
     predict, params, x, y, layers = small_problem()
     package_damping, oracle_damping = DAMPINGS[damping]
     optimizer = tkfac.tkfac(
-        0.1, layers, momentum=0.9, damping=package_damping, decay=0.95, fisher_interval=2, inverse_interval=3
+        0.1,
+        layers,
+        momentum=0.9,
+        damping=package_damping,
+        decay=0.95,
+        fisher_interval=2,
+        inverse_interval=3,
     )
     fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
 
@@ -107,8 +118,16 @@ def test_ten_steps_equal_algorithm_1(damping):
 
     oracle = SmallOracle(x, y)
     expected = oracles.algorithm_1(
-        to_matrices(params), oracle.gradients, oracle.statistics, oracle_damping,
-        steps=10, alpha=0.1, tau=0.9, epsilon=0.95, t_fim=2, t_inv=3,
+        to_matrices(params),
+        oracle.gradients,
+        oracle.statistics,
+        oracle_damping,
+        steps=10,
+        alpha=0.1,
+        tau=0.9,
+        epsilon=0.95,
+        t_fim=2,
+        t_inv=3,
     )
     for name, matrix in to_matrices(received).items():
         moved = np.abs(matrix - to_matrices(params)[name]).max()
@@ -140,7 +159,9 @@ def test_moments_are_averaged_before_they_are_damped():
         np.testing.assert_allclose(state.factors[name].delta, delta, rtol=1e-10)
         # The inverses were made at step 1, with the damping of that step.
         damped_phi, damped_psi = oracles.normal_damping((phi, psi, delta), 0.05)
-        np.testing.assert_allclose(state.inverses[name].phi_matrix(), np.linalg.inv(damped_phi), rtol=1e-8)
+        np.testing.assert_allclose(
+            state.inverses[name].phi_matrix(), np.linalg.inv(damped_phi), rtol=1e-8
+        )
         np.testing.assert_allclose(state.inverses[name].psi, np.linalg.inv(damped_psi), rtol=1e-8)
 
 
@@ -204,7 +225,9 @@ def test_refresh_can_be_decided_by_the_caller():
     _, params, _, _, layers = problem
     transform = tkfac.scale_by_tkfac(layers, inverse_interval=1000)
     state = transform.init(params)
-    kept = transform.update(params, state, statistics=statistics_at(problem), refresh_inverses=False)[1]
+    kept = transform.update(
+        params, state, statistics=statistics_at(problem), refresh_inverses=False
+    )[1]
     np.testing.assert_array_equal(kept.inverses["Dense_0"].psi, state.inverses["Dense_0"].psi)
     fresh = transform.update(params, kept, statistics=None, refresh_inverses=True)[1]
     expected = np.linalg.inv(kept.factors["Dense_0"].psi)
@@ -222,9 +245,7 @@ def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging):
     broken = jax.tree.map(lambda s: s, good)
     moment = broken["Dense_0"].output_moment.at[0, 1].set(bad)
     broken["Dense_0"] = broken["Dense_0"]._replace(output_moment=moment)
-    updates, after = jax.jit(
-        lambda s: transform.update(params, before, statistics=s)
-    )(broken)
+    updates, after = jax.jit(lambda s: transform.update(params, before, statistics=s))(broken)
     assert int(after.skipped_statistics) == 1
     assert int(after.factor_updates) == 1
     assert int(after.step) == 2
@@ -257,10 +278,15 @@ def training_problem():
         def step(params, state, key):
             loss, grads = jax.value_and_grad(loss_fn)(params)
             updates, state = optimizer.update(
-                grads, state, params, statistics=lambda: fisher(params, batch_stats, x, key=key),
-                value=loss, grad=grads,
+                grads,
+                state,
+                params,
+                statistics=lambda: fisher(params, batch_stats, x, key=key),
+                value=loss,
+                grad=grads,
             )
             return optax.apply_updates(params, updates), state, loss
+
         return step
 
     return params, layers, make_step
@@ -269,18 +295,30 @@ def training_problem():
 OPTIMIZERS = {
     "tkfac": lambda layers: tkfac.tkfac(0.01, layers, fisher_interval=3, inverse_interval=3),
     "kfac": lambda layers: tkfac.kfac(0.01, layers, fisher_interval=3),
-    "trace damping": lambda layers: tkfac.tkfac(0.01, layers, damping=tkfac.trace_damping(1e-2, 1e-2)),
-    "weight decay": lambda layers: tkfac.tkfac(0.01, layers, weight_decay=1e-3, norm_constraint=1.0),
+    "trace damping": lambda layers: tkfac.tkfac(
+        0.01, layers, damping=tkfac.trace_damping(1e-2, 1e-2)
+    ),
+    "weight decay": lambda layers: tkfac.tkfac(
+        0.01, layers, weight_decay=1e-3, norm_constraint=1.0
+    ),
     "moments": lambda layers: tkfac.tkfac(0.01, layers, averaging="moments", momentum=0.0),
     "schedules": lambda layers: tkfac.tkfac(
-        optax.cosine_decay_schedule(0.01, 20), layers,
-        damping=optax.exponential_decay(1.0, 10, 0.5), decay=lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)),
+        optax.cosine_decay_schedule(0.01, 20),
+        layers,
+        damping=optax.exponential_decay(1.0, 10, 0.5),
+        decay=lambda n: jnp.minimum(0.95, 1 - 1 / (n + 1)),
     ),
     "chain": lambda layers: optax.chain(
-        optax.clip_by_global_norm(1.0), tkfac.scale_by_tkfac(layers), optax.scale(-0.01), optax.ema(0.9)
+        optax.clip_by_global_norm(1.0),
+        tkfac.scale_by_tkfac(layers),
+        optax.scale(-0.01),
+        optax.ema(0.9),
     ),
     "inject": lambda layers: optax.inject_hyperparams(tkfac.tkfac)(
-        learning_rate=optax.linear_schedule(0.01, 0.0, 20), layers=layers, damping=1e-2, fisher_interval=2
+        learning_rate=optax.linear_schedule(0.01, 0.0, 20),
+        layers=layers,
+        damping=1e-2,
+        fisher_interval=2,
     ),
     "inject kfac": lambda layers: optax.inject_hyperparams(tkfac.kfac)(
         learning_rate=0.01, layers=layers, damping=1e-2
@@ -314,7 +352,9 @@ def test_optimizers_compile_once_keep_structure_and_train(name):
         params, state, loss = step(params, state, jax.random.key(t))
         losses.append(float(loss))
     assert len(traces) == 1
-    assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), (params, state))
+    assert described == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), (params, state)
+    )
     assert losses[-1] < losses[0]
     assert all(np.isfinite(losses))
     assert int(np.max(optax.tree.get_all_with_path(state, "step")[0][1])) == 8
@@ -332,20 +372,22 @@ def test_a_scan_of_steps_equals_the_loop(name):
         params, state, loss = step(*carry, key)
         return (params, state), loss
 
-    (scanned, _), losses = jax.jit(
-        lambda carry: jax.lax.scan(body, carry, keys)
-    )((params, optimizer.init(params)))
+    (scanned, _), losses = jax.jit(lambda carry: jax.lax.scan(body, carry, keys))(
+        (params, optimizer.init(params))
+    )
     looped, state = params, optimizer.init(params)
     compiled = jax.jit(step)
     for key, expected in zip(keys, losses, strict=True):
         looped, state, loss = compiled(looped, state, key)
         # float32, and two programs that round differently.
         np.testing.assert_allclose(loss, expected, rtol=1e-3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), scanned, looped)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), scanned, looped
+    )
 
 
 def test_other_parameters_go_through_the_fallback():
-    params, layers, make_step = training_problem()
+    params, layers, _ = training_problem()
     optimizer = tkfac.tkfac(0.5, layers, fallback=optax.sgd(1e-3))
     state = optimizer.init(params)
     grads = jax.tree.map(jnp.ones_like, params)
@@ -363,13 +405,18 @@ def test_masked_layers_have_no_state_and_keep_their_gradient():
     assert list(optax.tree.get(state, "factors")) == ["Conv_0"]
     updates, _ = transform.update(params, state, params, statistics=None)
     np.testing.assert_array_equal(updates["Dense_0"]["kernel"], params["Dense_0"]["kernel"])
-    np.testing.assert_allclose(updates["Conv_0"]["kernel"], params["Conv_0"]["kernel"] / 0.25, rtol=1e-5)
+    np.testing.assert_allclose(
+        updates["Conv_0"]["kernel"], params["Conv_0"]["kernel"] / 0.25, rtol=1e-5
+    )
 
 
 def test_weight_decay_is_decoupled_and_maskable():
     _, params, _, _, layers = small_problem()
     zero = jax.tree.map(jnp.zeros_like, params)
-    for mask, biases_decay in ((None, True), (lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree), False)):
+    for mask, biases_decay in (
+        (None, True),
+        (lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree), False),
+    ):
         optimizer = tkfac.tkfac(0.5, layers, weight_decay=0.1, mask=mask, momentum=0.0)
         updates, _ = optimizer.update(zero, optimizer.init(params), params, statistics=None)
         np.testing.assert_allclose(
@@ -381,7 +428,9 @@ def test_weight_decay_is_decoupled_and_maskable():
 
 def test_hyperparameters_can_be_changed_while_training():
     params, layers, make_step = training_problem()
-    optimizer = optax.inject_hyperparams(tkfac.tkfac)(learning_rate=0.01, layers=layers, damping=1e-2)
+    optimizer = optax.inject_hyperparams(tkfac.tkfac)(
+        learning_rate=0.01, layers=layers, damping=1e-2
+    )
     state = optimizer.init(params)
     step = jax.jit(make_step(optimizer))
     state.hyperparams["learning_rate"] = jnp.zeros(())
@@ -402,7 +451,9 @@ def test_low_precision_parameters_keep_their_dtype():
 
     layers = tkfac.find_layers(predict, params, x)
     optimizer = tkfac.tkfac(0.1, layers, momentum=0.0)
-    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(params, x, key=jax.random.key(0))
+    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
+        params, x, key=jax.random.key(0)
+    )
     updates, state = optimizer.update(params, optimizer.init(params), params, statistics=statistics)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     assert optax.tree.get(state, "factors")["."].phi.dtype == jnp.float32
@@ -413,23 +464,34 @@ _, PARAMS, _, _, LAYERS = mlp_problem()
 
 def test_statistics_must_not_be_forgotten():
     optimizer = tkfac.tkfac(0.1, LAYERS)
-    with pytest.raises(TypeError, match="update.. needs the keyword argument 'statistics': a function such as"):
+    with pytest.raises(
+        TypeError, match=r"update\(\) needs the keyword argument 'statistics': a function such as"
+    ):
         optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"fisher_interval": 0}, "fisher_interval=0; expected a whole number of steps, at least 1"),
-    ({"inverse_interval": -3}, "inverse_interval=-3; expected a whole number"),
-    ({"fisher_interval": 2.5}, "fisher_interval=2.5; expected a whole number"),
-    ({"decay": 1.5}, r"decay=1.5; expected a number in \[0, 1\) or a function"),
-    ({"decay": -0.1}, r"decay=-0.1; expected a number in \[0, 1\)"),
-    ({"damping": -1.0}, "damping=-1.0; expected a positive number, a schedule or a traced scalar"),
-    ({"averaging": "mean"}, "averaging='mean'; expected \"factors\" or \"moments\""),
-    ({"norm_constraint": 0.0}, "norm_constraint=0.0; expected a positive number"),
-    ({"momentum": 1.0}, r"momentum=1.0; expected a number in \[0, 1\)"),
-    ({"weight_decay": -1e-4}, "weight_decay=-0.0001; expected a number of at least 0"),
-    ({"layers": PARAMS}, r"layers is dict; expected what find_layers\(predict, params, ...\) returned"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fisher_interval": 0}, "fisher_interval=0; expected a whole number of steps, at least 1"),
+        ({"inverse_interval": -3}, "inverse_interval=-3; expected a whole number"),
+        ({"fisher_interval": 2.5}, "fisher_interval=2.5; expected a whole number"),
+        ({"decay": 1.5}, r"decay=1.5; expected a number in \[0, 1\) or a function"),
+        ({"decay": -0.1}, r"decay=-0.1; expected a number in \[0, 1\)"),
+        (
+            {"damping": -1.0},
+            "damping=-1.0; expected a positive number, a schedule or a traced scalar",
+        ),
+        ({"averaging": "mean"}, 'averaging=\'mean\'; expected "factors" or "moments"'),
+        ({"norm_constraint": 0.0}, "norm_constraint=0.0; expected a positive number"),
+        ({"momentum": 1.0}, r"momentum=1.0; expected a number in \[0, 1\)"),
+        ({"weight_decay": -1e-4}, "weight_decay=-0.0001; expected a number of at least 0"),
+        (
+            {"layers": PARAMS},
+            r"layers is dict; expected what find_layers\(predict, params, ...\) returned",
+        ),
+    ],
+)
 def test_wrong_options(options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         tkfac.tkfac(**{"learning_rate": 0.1, "layers": LAYERS} | options)
@@ -444,16 +506,24 @@ def test_wrong_gradients_and_statistics(unchecked):
     transform = tkfac.scale_by_tkfac(LAYERS)
     state = transform.init(PARAMS)
     with pytest.raises(ValueError, match="layer 'Dense_2': updates should hold 'Dense_2/kernel'"):
-        transform.update({k: v for k, v in PARAMS.items() if k != "Dense_2"}, state, statistics=None)
+        transform.update(
+            {k: v for k, v in PARAMS.items() if k != "Dense_2"}, state, statistics=None
+        )
     leaves_hidden = jax.tree.map(lambda _: optax.MaskedNode(), PARAMS["Dense_2"])
     for hidden in (optax.MaskedNode(), leaves_hidden):
-        with pytest.raises(ValueError, match=r"updates hold the layers \['Dense_0', 'Dense_1'\], the state"):
+        with pytest.raises(
+            ValueError, match=r"updates hold the layers \['Dense_0', 'Dense_1'\], the state"
+        ):
             transform.update({**PARAMS, "Dense_2": hidden}, state, statistics=None)
     statistics = tkfac.capture.zero_slots(LAYERS)
-    with pytest.raises(ValueError, match=r"statistics are for \['Dense_0'\]; expected a dictionary for the layers"):
+    with pytest.raises(
+        ValueError, match=r"statistics are for \['Dense_0'\]; expected a dictionary for the layers"
+    ):
         transform.update(PARAMS, state, statistics={"Dense_0": statistics["Dense_0"]})
     with pytest.raises(ValueError, match="statistics are for int; expected a dictionary"):
         transform.update(PARAMS, state, statistics=3)
     statistics["Dense_0"] = statistics["Dense_1"]
-    with pytest.raises(ValueError, match=r"statistics of layer 'Dense_0' have shapes \(\(5, 5\), \(4, 4\), \(\)\)"):
+    with pytest.raises(
+        ValueError, match=r"statistics of layer 'Dense_0' have shapes \(\(5, 5\), \(4, 4\), \(\)\)"
+    ):
         transform.update(PARAMS, state, statistics=statistics)

@@ -201,8 +201,10 @@ def _accumulate(
 
     # The first chunk takes what does not divide evenly, and its sums start the accumulation.
     first = examples % chunk or chunk
-    rest = [
-        array[first:].reshape(-1, chunk, *array.shape[1:]) for array in (inputs, gradients)
-    ]
+    chunks = (_in_chunks(inputs[first:], chunk), _in_chunks(gradients[first:], chunk))
     total = statistics_of(inputs[:first], gradients[:first])
-    return jax.lax.scan(add_chunk, total, tuple(rest))[0]
+    return jax.lax.scan(add_chunk, total, chunks)[0]
+
+
+def _in_chunks(array: Array, chunk: int) -> Array:
+    return array.reshape(-1, chunk, *array.shape[1:])

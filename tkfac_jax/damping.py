@@ -96,7 +96,10 @@ class FactoredDamping(NamedTuple):
         damped = {}
         for name, layer in factors.items():
             root, shift = jnp.sqrt(layer.delta), _root(_at(self.value, step), layer.delta.dtype)
-            mean_in, mean_out = jnp.trace(layer.phi) / len(layer.phi), jnp.trace(layer.psi) / len(layer.psi)
+            mean_in, mean_out = (
+                jnp.trace(layer.phi) / len(layer.phi),
+                jnp.trace(layer.psi) / len(layer.psi),
+            )
             # A layer without signal has traces of 0, and any split of the damping is as good.
             alive = (mean_in > 0) & (mean_out > 0)
             ratio = jnp.where(alive, mean_in, 1) / jnp.where(alive, mean_out, 1)

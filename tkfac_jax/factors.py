@@ -87,9 +87,7 @@ def average_moments(
 
 
 def _moments(factors: KroneckerFactors) -> KroneckerFactors:
-    return KroneckerFactors(
-        factors.delta * factors.phi, factors.delta * factors.psi, factors.delta
-    )
+    return KroneckerFactors(factors.delta * factors.phi, factors.delta * factors.psi, factors.delta)
 
 
 def _average(old: KroneckerFactors, new: KroneckerFactors, decay: Array) -> KroneckerFactors:

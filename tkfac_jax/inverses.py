@@ -89,7 +89,9 @@ def invert_factors(
     Returns:
       The inverses, and how many of them failed even with more damping: there the old one stays.
     """
-    matrices = {(name, which): getattr(factors[name], which) for name in old for which in ("phi", "psi")}
+    matrices = {
+        (name, which): getattr(factors[name], which) for name in old for which in ("phi", "psi")
+    }
     groups = defaultdict(list)
     for key, matrix in matrices.items():
         groups[matrix.shape, matrix.dtype].append(key)

@@ -7,6 +7,7 @@ not the block of the parameter.
 """
 
 import dataclasses
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -216,9 +217,7 @@ def visible_layers(layers: Mapping[str, LayerSpec], tree: Any, what: str) -> lis
 
 def unjitted(fun: Callable[..., Any]) -> Callable[..., Any]:
     """The function under `jax.jit`: a cached trace would hide the module calls from the library."""
-    while isinstance(fun, jax.stages.Wrapped) and hasattr(fun, "__wrapped__"):
-        fun = fun.__wrapped__
-    return fun
+    return inspect.unwrap(fun, stop=lambda inner: not isinstance(inner, jax.stages.Wrapped))
 
 
 class _Use(NamedTuple):
@@ -289,9 +288,7 @@ def find_layers(
     order = list(shapes)
     specs.sort(key=lambda spec: order.index(spec.kernel))
     owned = {name for spec in specs for name in (spec.kernel, spec.bias)}
-    fallback = tuple(
-        (name, reasons.get(name, NOT_FOUND)) for name in shapes if name not in owned
-    )
+    fallback = tuple((name, reasons.get(name, NOT_FOUND)) for name in shapes if name not in owned)
     if not specs:
         msg = "find_layers found no supported layer: " + (
             "; ".join(f"'{name}': {reason}" for name, reason in fallback)
@@ -368,7 +365,7 @@ def _refuse_shared_biases(uses: dict[str, list[_Use]], reasons: dict[str, str]) 
     pairs = {(use.bias, kernel) for kernel, found in uses.items() for use in found}
     kernels_of = Counter(bias for bias, _ in pairs if bias is not None)
     for bias, kernel in pairs:
-        if kernels_of[bias] > 1:
+        if bias is not None and kernels_of[bias] > 1:
             reasons.setdefault(kernel, f"its bias '{bias}' is used with other kernels too")
 
 
@@ -376,7 +373,9 @@ def _conflict(uses: list[_Use]) -> str | None:
     for field in ("kind", "bias", "geometry"):
         values = {getattr(use, field) for use in uses}
         if len(values) > 1:
-            return f"it is used with several values of {field}: {', '.join(sorted(map(str, values)))}"
+            return (
+                f"it is used with several values of {field}: {', '.join(sorted(map(str, values)))}"
+            )
     return None
 
 

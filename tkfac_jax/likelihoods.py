@@ -54,7 +54,9 @@ class Categorical:
     average_positions: bool = False
 
     def nll(
-        self, outputs: Float[Array, "batch *positions classes"], targets: Int[Array, "batch *positions"]
+        self,
+        outputs: Float[Array, "batch *positions classes"],
+        targets: Int[Array, "batch *positions"],
     ) -> Float[Array, " batch"]:
         """Negative log-likelihood of each example.
 
@@ -71,7 +73,9 @@ class Categorical:
         return _loss(self._position_nll(outputs, targets), self.average_positions)
 
     def fisher_nll(
-        self, outputs: Float[Array, "batch *positions classes"], targets: Int[Array, "batch *positions"]
+        self,
+        outputs: Float[Array, "batch *positions classes"],
+        targets: Int[Array, "batch *positions"],
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
         return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)

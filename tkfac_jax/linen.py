@@ -103,28 +103,30 @@ def _own_parameters(module: nn.Module) -> dict[str, Any]:
 def _describe(
     module: nn.Module, method: str, parameters: Mapping[str, Any], args: Any, kwargs: Any
 ) -> LayerCall | str:
-    for supported, describe in ((nn.Dense, _describe_dense), (nn.Conv, _describe_conv)):
-        if isinstance(module, supported) and method == "__call__":
-            if type(module).__call__ is not supported.__call__:
-                return f"{type(module).__name__} overrides {supported.__name__}.__call__"
-            inputs = args[0] if args else kwargs["inputs"]
-            described = describe(module)
-            if isinstance(described, str):
-                return described
-            kind, geometry = described
-            return LayerCall(
-                kind, parameters["kernel"], parameters.get("bias"), inputs, geometry
-            )
-    return f"{type(module).__name__} is not a supported layer"
+    name = type(module).__name__
+    supported = next((cls for cls in DESCRIPTIONS if isinstance(module, cls)), None)
+    if supported is None or method != "__call__":
+        return f"{name} is not a supported layer"
+    if type(module).__call__ is not supported.__call__:
+        return f"{name} overrides {supported.__name__}.__call__"
+    described = DESCRIPTIONS[supported](module)
+    if isinstance(described, str):
+        return described
+    kind, geometry = described
+    inputs = args[0] if args else kwargs["inputs"]
+    return LayerCall(kind, parameters["kernel"], parameters.get("bias"), inputs, geometry)
 
 
-def _describe_dense(module: nn.Dense) -> tuple[str, None] | str:
+Description = tuple[str, ConvGeometry | None] | str
+
+
+def _describe_dense(module: nn.Dense) -> Description:
     if module.dot_general is not None or module.dot_general_cls is not None:
         return "a Dense layer with its own dot_general is not supported"
     return "dense", None
 
 
-def _describe_conv(module: nn.Conv) -> tuple[str, ConvGeometry] | str:
+def _describe_conv(module: nn.Conv) -> Description:
     window = _broadcast(module.kernel_size, 1)
     rank = len(window)
     unsupported = {
@@ -159,3 +161,10 @@ def _broadcast(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
     if value is None:
         value = 1
     return (value,) * rank if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+# What each supported class is described by: its kind and geometry, or why it cannot be treated.
+DESCRIPTIONS: dict[type[nn.Module], Callable[[Any], Description]] = {
+    nn.Dense: _describe_dense,
+    nn.Conv: _describe_conv,
+}

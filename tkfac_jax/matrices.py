@@ -38,9 +38,7 @@ def input_rows(spec: LayerSpec, inputs: Array) -> Float[Array, "batch locations 
     return rows
 
 
-def gradient_rows(
-    spec: LayerSpec, gradients: Array
-) -> Float[Array, "batch locations d_out"]:
+def gradient_rows(spec: LayerSpec, gradients: Array) -> Float[Array, "batch locations d_out"]:
     """The derivatives with respect to a layer's output as rows, one per example and location.
 
     Args:
@@ -70,9 +68,7 @@ def _patches(images: Array, geometry: ConvGeometry) -> Array:
     spans = [(w - 1) * d + 1 for w, d in zip(geometry.window, geometry.dilation, strict=True)]
     height, width = (
         (size - span) // stride + 1
-        for size, span, stride in zip(
-            padded.shape[-3:-1], spans, geometry.strides, strict=True
-        )
+        for size, span, stride in zip(padded.shape[-3:-1], spans, geometry.strides, strict=True)
     )
     (stride_h, stride_w), (dilation_h, dilation_w) = geometry.strides, geometry.dilation
     taps = [

@@ -12,7 +12,9 @@ from tkfac_jax.layers import LayerSpec, is_masked, parameter_name
 
 
 def precondition_kernel(
-    inverses: KroneckerInverses, kernel: Float[Array, "*window features d_out"], bias: Float[Array, " d_out"] | None
+    inverses: KroneckerInverses,
+    kernel: Float[Array, "*window features d_out"],
+    bias: Float[Array, " d_out"] | None,
 ) -> tuple[Float[Array, "*window features d_out"], Float[Array, " d_out"] | None]:
     """The natural gradient of one layer: `Phi^-1 W Psi^-1`, the bias as last row of `W`.
 

@@ -357,8 +357,8 @@ def check_statistics(statistics: Any, layers: Layers) -> None:
         )
         raise ValueError(msg)
     for name, spec in layers.items():
-        expected = LayerStatistics((spec.d_in, spec.d_in), (spec.d_out, spec.d_out), ())
+        expected = ((spec.d_in, spec.d_in), (spec.d_out, spec.d_out), ())
         received = tuple(jnp.shape(array) for array in statistics[name])
-        if received != tuple(expected):
-            msg = f"statistics of layer '{name}' have shapes {received}; expected {tuple(expected)}."
+        if received != expected:
+            msg = f"statistics of layer '{name}' have shapes {received}; expected {expected}."
             raise ValueError(msg)

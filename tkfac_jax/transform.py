@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from tkfac_jax.capture import LayerStatistics
 from tkfac_jax.damping import Damping, TraceDamping, Value, factored_damping, normal_damping
 from tkfac_jax.factors import (
     Decay,
@@ -26,6 +27,13 @@ from tkfac_jax.statistics import Statistics, check_statistics
 
 Averaging = Literal["factors", "moments"]
 Interval = int | Array
+
+DEFAULT_FALLBACK = optax.adam(1e-3)
+
+MISSING_STATISTICS = (
+    "update() needs the keyword argument 'statistics': a function such as lambda: fisher(params, "
+    "inputs, key=key), the statistics themselves, or None for a step without new ones."
+)
 
 
 class TkfacState(NamedTuple):
@@ -125,65 +133,117 @@ def scale_by_tkfac(
       1
     """
     _check_options(layers, decay, fisher_interval, inverse_interval, averaging, norm_constraint)
-    damper = damping if isinstance(damping, Damping) else normal_damping(damping)
-    invert = cholesky_inverse if inverse is None else inverse
-
-    def init(params: Any) -> TkfacState:
-        active = {name: layers[name] for name in visible_layers(layers, params, "params")}
-        # One buffer for each counter: a state that holds one twice could not be donated.
-        step, *counters = (jnp.zeros((), jnp.int32) for _ in range(4))
-        unknown = {name: zero_factors(spec) for name, spec in active.items()}
-        damped = damper.damp(unknown, active, step)
-        inverses, _ = invert_factors(damped, _identity_inverses(active), active, invert)
-        factors = damped if averaging == "factors" else unknown
-        return TkfacState(step, factors, inverses, *counters)
+    curvature = _Curvature(
+        layers,
+        damping if isinstance(damping, Damping) else normal_damping(damping),
+        decay,
+        averaging,
+        cholesky_inverse if inverse is None else inverse,
+        axis_name,
+    )
 
     def update(
         updates: Any,
-        state: TkfacState,
+        state: Any,
         params: Any = None,
         *,
         statistics: Any = _Missing,
         refresh_inverses: bool | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, TkfacState]:
+    ) -> tuple[Any, Any]:
         del params, extra_args
         if statistics is _Missing:
-            msg = (
-                "update() needs the keyword argument 'statistics': a function such as "
-                "lambda: fisher(params, inputs, key=key), the statistics themselves, or None for a step "
-                "without new ones."
-            )
-            raise TypeError(msg)
-        active = _active_layers(layers, state, updates)
-
-        def add(state: TkfacState, statistics: Any) -> TkfacState:
-            check_statistics(statistics, layers)
-            if axis_name is not None:
-                statistics = jax.lax.pmean(statistics, axis_name)
-            return _add_statistics(state, statistics, active, damper, decay, averaging)
-
-        def refresh(state: TkfacState) -> TkfacState:
-            damped = state.factors
-            if averaging == "moments":
-                damped = damper.damp(damped, active, state.step)
-            inverses, failures = invert_factors(damped, state.inverses, active, invert)
-            return state._replace(
-                inverses=inverses, failed_inversions=state.failed_inversions + failures
-            )
-
+            raise TypeError(MISSING_STATISTICS)
+        active = curvature.active(updates, state)
         if callable(statistics):
-            state = _when_due(state, fisher_interval, lambda state: add(state, statistics()))
+            make: Callable[[], Any] = statistics
+            state = _when_due(
+                state, fisher_interval, lambda state: curvature.add(state, make(), active)
+            )
         elif statistics is not None:
-            state = add(state, statistics)
+            state = curvature.add(state, statistics, active)
         if refresh_inverses is None:
-            state = _when_due(state, inverse_interval, refresh)
+            state = _when_due(
+                state, inverse_interval, lambda state: curvature.refresh(state, active)
+            )
         elif refresh_inverses:
-            state = refresh(state)
+            state = curvature.refresh(state, active)
         updates = precondition(updates, state.inverses, active, norm_constraint)
         return updates, state._replace(step=optax.safe_increment(state.step))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(curvature.init, update)
+
+
+class _Curvature(NamedTuple):
+    """How the state's factors and inverses are made."""
+
+    layers: Layers
+    damping: Damping
+    decay: Decay
+    averaging: Averaging
+    inverse: Inverse
+    axis_name: str | None
+
+    def init(self, params: Any) -> Any:
+        """The state before the first statistics: the inverses are those of the damping alone."""
+        active = {n: self.layers[n] for n in visible_layers(self.layers, params, "params")}
+        # One buffer for each counter: a state that holds one twice could not be donated.
+        step, *counters = (jnp.zeros((), jnp.int32) for _ in range(4))
+        unknown = {name: zero_factors(spec) for name, spec in active.items()}
+        damped = self.damping.damp(unknown, active, step)
+        inverses, _ = invert_factors(damped, _identity_inverses(active), active, self.inverse)
+        factors = damped if self.averaging == "factors" else unknown
+        return TkfacState(step, factors, inverses, *counters)
+
+    def active(self, updates: Any, state: TkfacState) -> dict[str, LayerSpec]:
+        """The layers that the state knows, after a check that the updates hold them."""
+        visible = visible_layers(self.layers, updates, "updates")
+        if set(visible) != set(state.inverses):
+            msg = (
+                f"updates hold the layers {sorted(visible)}, the state those of {sorted(state.inverses)}. "
+                "Give update() gradients of the structure of the parameters that init() was given."
+            )
+            raise ValueError(msg)
+        return {name: self.layers[name] for name in visible}
+
+    def add(
+        self, state: TkfacState, statistics: Statistics, active: Mapping[str, LayerSpec]
+    ) -> TkfacState:
+        """Lets statistics enter the averages, or counts them as skipped if they are not finite."""
+        check_statistics(statistics, self.layers)
+        if self.axis_name is not None:
+            statistics = jax.lax.pmean(statistics, self.axis_name)
+        new = {}
+        for name, spec in active.items():
+            dtype = jnp.dtype(spec.dtype)
+            new[name] = kronecker_factors(
+                LayerStatistics(*(array.astype(dtype) for array in statistics[name]))
+            )
+        weight = decay_at(self.decay, state.factor_updates)
+        if self.averaging == "factors":
+            damped = self.damping.damp(new, active, state.step)
+            averaged = average_factors(state.factors, damped, weight)
+        else:
+            averaged = average_moments(state.factors, new, weight)
+        finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(statistics)]
+        accepted = jnp.stack(finite).all()
+        return state._replace(
+            factors=jax.tree.map(
+                lambda new, old: jnp.where(accepted, new, old), averaged, state.factors
+            ),
+            factor_updates=state.factor_updates + accepted.astype(jnp.int32),
+            skipped_statistics=state.skipped_statistics + (~accepted).astype(jnp.int32),
+        )
+
+    def refresh(self, state: TkfacState, active: Mapping[str, LayerSpec]) -> TkfacState:
+        """Inverts the damped factors; failures keep their old inverse and are counted."""
+        damped = state.factors
+        if self.averaging == "moments":
+            damped = self.damping.damp(damped, active, state.step)
+        inverses, failures = invert_factors(damped, state.inverses, active, self.inverse)
+        return state._replace(
+            inverses=inverses, failed_inversions=state.failed_inversions + failures
+        )
 
 
 def tkfac(
@@ -193,7 +253,7 @@ def tkfac(
     momentum: float | Array = 0.9,
     weight_decay: float | Array = 0.0,
     mask: Any = None,
-    fallback: optax.GradientTransformation = optax.adam(1e-3),
+    fallback: optax.GradientTransformation = DEFAULT_FALLBACK,
     damping: Value | Damping = 1e-3,
     decay: Decay = 0.95,
     fisher_interval: Interval = 1,
@@ -214,7 +274,8 @@ def tkfac(
       momentum: tau; 0 keeps no momentum.
       weight_decay: decoupled weight decay of the layers, multiplied by the learning rate.
       mask: which of the layers' parameters decay, as in `optax.add_decayed_weights`; None: all.
-      fallback: optimizer of the other parameters, with its own learning rate.
+      fallback: optimizer of the other parameters, with its own learning rate; `optax.adam(1e-3)` if
+        none is given.
       damping: see `scale_by_tkfac`, as are all further arguments.
       decay: epsilon, the weight of the old average.
       fisher_interval: T_FIM, steps between new statistics.
@@ -292,37 +353,6 @@ def kfac(
 kfac.__signature__ = inspect.signature(tkfac)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _add_statistics(
-    state: TkfacState,
-    statistics: Statistics,
-    active: Mapping[str, LayerSpec],
-    damper: Damping,
-    decay: Decay,
-    averaging: Averaging,
-) -> TkfacState:
-    """Lets statistics enter the moving averages, or counts them as skipped if they are not finite."""
-    finite = jnp.stack(
-        [jnp.isfinite(array).all() for array in jax.tree.leaves(statistics)]
-    ).all()
-    new = {
-        name: kronecker_factors(
-            jax.tree.map(lambda array, spec=spec: array.astype(spec.dtype), statistics[name])
-        )
-        for name, spec in active.items()
-    }
-    weight = decay_at(decay, state.factor_updates)
-    if averaging == "factors":
-        averaged = average_factors(state.factors, damper.damp(new, active, state.step), weight)
-    else:
-        averaged = average_moments(state.factors, new, weight)
-    accepted = finite.astype(jnp.int32)
-    return state._replace(
-        factors=jax.tree.map(lambda new, old: jnp.where(finite, new, old), averaged, state.factors),
-        factor_updates=state.factor_updates + accepted,
-        skipped_statistics=state.skipped_statistics + 1 - accepted,
-    )
-
-
 def _when_due(
     state: TkfacState, interval: Interval, change: Callable[[TkfacState], TkfacState]
 ) -> TkfacState:
@@ -334,21 +364,12 @@ def _when_due(
 def _identity_inverses(active: Mapping[str, LayerSpec]) -> dict[str, KroneckerInverses]:
     return {
         name: KroneckerInverses.from_matrices(
-            jnp.eye(spec.d_in, dtype=spec.dtype), jnp.eye(spec.d_out, dtype=spec.dtype), spec.has_bias
+            jnp.eye(spec.d_in, dtype=spec.dtype),
+            jnp.eye(spec.d_out, dtype=spec.dtype),
+            spec.has_bias,
         )
         for name, spec in active.items()
     }
-
-
-def _active_layers(layers: Layers, state: TkfacState, updates: Any) -> dict[str, LayerSpec]:
-    visible = visible_layers(layers, updates, "updates")
-    if set(visible) != set(state.inverses):
-        msg = (
-            f"updates hold the layers {sorted(visible)}, the state those of {sorted(state.inverses)}. "
-            "Give update() gradients of the structure of the parameters that init() was given."
-        )
-        raise ValueError(msg)
-    return {name: layers[name] for name in visible}
 
 
 def _is_zero(value: Any) -> bool:
@@ -366,17 +387,23 @@ def _check_options(
     if not isinstance(layers, Layers):
         msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
         raise ValueError(msg)
-    for name, interval in (("fisher_interval", fisher_interval), ("inverse_interval", inverse_interval)):
+    for name, interval in (
+        ("fisher_interval", fisher_interval),
+        ("inverse_interval", inverse_interval),
+    ):
         check_interval(name, interval)
     _check_number("decay", decay, lambda value: 0 <= value < 1, "a number in [0, 1) or a function")
     if averaging not in ("factors", "moments"):
         msg = f'averaging={averaging!r}; expected "factors" or "moments".'
         raise ValueError(msg)
     if norm_constraint is not None:
-        _check_number("norm_constraint", norm_constraint, lambda value: value > 0, "a positive number")
+        _check_number(
+            "norm_constraint", norm_constraint, lambda value: value > 0, "a positive number"
+        )
 
 
 def check_interval(name: str, interval: Any) -> None:
+    """Refuses a number of steps that is not a whole number of at least 1."""
     if isinstance(interval, float) or (isinstance(interval, int) and interval < 1):
         msg = f"{name}={interval}; expected a whole number of steps, at least 1."
         raise ValueError(msg)

@@ -1,0 +1,235 @@
+"""The paper's 8-layer autoencoder on MNIST: SGD-momentum, Adam, KFAC and TKFAC side by side.
+
+    python -m benchmarks.autoencoder --data-dir DIR [--epochs 12] [--out-dir results/autoencoder]
+
+784-1000-500-250-30-250-500-1000-784, ReLU, binary cross-entropy summed over pixels, batches of 500.
+First each method tries five settings for `--tuning-epochs`; then all methods run at their best
+setting, in turns of one epoch. Runs that are stopped go on where they were when the command is given again.
+The official MNIST files are read from DIR, or downloaded there.
+"""
+
+import os
+
+# LAPACK's threads would compete with XLA's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import tkfac_jax as tkfac
+from benchmarks.figures import plot_curves, steps_to_reach, table
+from benchmarks.mnist import load_images
+from benchmarks.runner import Method, Problem, Run, best_of, environment, race
+
+WIDTHS = (1000, 500, 250, 30, 250, 500, 1000)
+PIXELS = 784
+BATCH_SIZE = 500
+EVALUATION_BATCH = 5000
+INTERVAL = 20
+GOAL = 61.0
+
+
+class Autoencoder(nn.Module):
+    """The fully connected autoencoder; He's initialisation, made for ReLU."""
+
+    widths: tuple[int, ...] = WIDTHS
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of the pixels, `(batch, 784)`, of images of the same shape."""
+        init = nn.initializers.he_normal()
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width, kernel_init=init)(x))
+        return nn.Dense(PIXELS, kernel_init=init)(x)
+
+
+def autoencoder_problem(data_dir: Path, seed: int, widths: tuple[int, ...] = WIDTHS) -> Problem:
+    """The autoencoder with its initial parameters and MNIST, inputs being targets."""
+    train, test = load_images(data_dir, "train"), load_images(data_dir, "test")
+    model, likelihood = Autoencoder(widths), tkfac.Bernoulli()
+    params = model.init(jax.random.key(seed), train[:1])["params"]
+
+    def predict(params: Any, model_state: Any, x: Any) -> tuple[Any, Any]:
+        return model.apply({"params": params}, x), model_state
+
+    @jax.jit
+    def total_nll(params: Any, images: Any) -> jax.Array:
+        logits, _ = predict(params, {}, images)
+        return likelihood.nll(logits, images).sum()
+
+    def mean_nll(params: Any, images: np.ndarray) -> float:
+        parts = np.array_split(images, -(-len(images) // EVALUATION_BATCH))
+        return float(sum(float(total_nll(params, part)) for part in parts) / len(images))
+
+    def evaluate(params: Any, model_state: Any) -> dict[str, float]:
+        del model_state
+        return {"train_loss": mean_nll(params, train), "test_loss": mean_nll(params, test)}
+
+    return Problem(predict, likelihood, params, {}, train, train, BATCH_SIZE, evaluate)
+
+
+def growing_decay(updates: jax.Array) -> jax.Array:
+    """A plain mean of the first statistics, which becomes a moving average of weight 0.95."""
+    return jnp.minimum(0.95, 1 - 1 / (updates + 1))
+
+
+def first_order(
+    name: str, optimizer: Callable[[float], Any], rates: tuple[float, ...]
+) -> list[Method]:
+    """A first-order method at several learning rates."""
+    return [Method(name, f"lr {rate:g}", lambda _, rate=rate: optimizer(rate)) for rate in rates]
+
+
+def second_order(
+    name: str,
+    optimizer: Callable[..., Any],
+    rule: Any,
+    settings: tuple[tuple[float, float, float], ...],
+) -> list[Method]:
+    """A Kronecker-factored method at several learning rates, dampings and norm constraints."""
+
+    def build(layers: tkfac.Layers, rate: float, damping: float, constraint: float) -> Any:
+        return optimizer(
+            rate,
+            layers,
+            damping=damping,
+            norm_constraint=constraint,
+            decay=growing_decay,
+            averaging="moments",
+        )
+
+    return [
+        Method(
+            name,
+            "lr {:g}, damping {:g}, norm constraint {:g}".format(*setting),
+            lambda layers, setting=setting: build(layers, *setting),
+            INTERVAL,
+            rule,
+        )
+        for setting in settings
+    ]
+
+
+def trials() -> dict[str, list[Method]]:
+    """Five settings of each method."""
+    settings = (
+        (0.3, 1.0, 1.1),
+        (0.3, 0.3, 1.1),
+        (0.3, 0.1, 1.1),
+        (0.3, 0.3, 2.2),
+        (0.1, 0.1, 10.0),
+    )
+    return {
+        "SGD-momentum": first_order(
+            "SGD-momentum",
+            lambda rate: optax.sgd(rate, momentum=0.9),
+            (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        ),
+        "Adam": first_order("Adam", optax.adam, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+        "KFAC": second_order("KFAC", tkfac.kfac, tkfac.independent, settings),
+        "TKFAC": second_order("TKFAC", tkfac.tkfac, tkfac.trace_restricted, settings),
+    }
+
+
+def tuning_table(tuning: dict[str, list[dict[str, Any]]]) -> str:
+    """What every setting reached."""
+    rows = [("method", "settings", "steps", "training loss")]
+    for name, records in tuning.items():
+        for record in records:
+            loss = record["train_loss"]
+            shown = "diverged" if loss is None else f"{loss:.2f}"
+            rows.append((name, record["settings"], str(record["steps"]), shown))
+    return table(rows)
+
+
+def results_table(records: list[dict[str, Any]]) -> str:
+    """What the best setting of every method reached, and when."""
+    end = records[0]["curve"][-1]["step"]
+    rows = [
+        (
+            "method",
+            "settings",
+            f"training loss at {end}",
+            "test loss",
+            "ms per step",
+            f"steps to {GOAL}",
+            f"seconds to {GOAL}",
+        )
+    ]
+    for record in records:
+        last, reached = record["curve"][-1], steps_to_reach(record, GOAL)
+        seconds = next((p["seconds"] for p in record["curve"] if p["step"] == reached), None)
+        rows.append(
+            (
+                record["method"],
+                record["settings"],
+                f"{last['train_loss']:.2f}",
+                f"{last['test_loss']:.2f}",
+                f"{record['median_step_ms']:.0f}",
+                "not reached" if reached is None else str(reached),
+                "" if seconds is None else f"{seconds:.0f}",
+            )
+        )
+    return table(rows)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="directory of the MNIST files")
+    parser.add_argument("--out-dir", type=Path, default=Path("results/autoencoder"))
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of the final runs")
+    parser.add_argument("--tuning-epochs", type=int, default=5, help="epochs of each trial")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
+    parser.add_argument("--methods", nargs="*", choices=list(trials()), default=list(trials()))
+    options = parser.parse_args()
+
+    problem = autoencoder_problem(options.data_dir, options.seed)
+    epoch = len(problem.inputs) // BATCH_SIZE
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    tuning, best = {}, []
+    for name in options.methods:
+        method, tuning[name] = best_of(
+            problem,
+            trials()[name],
+            options.tuning_epochs * epoch,
+            epoch,
+            options.seed,
+            options.out_dir / f"tuning-{options.tuning_epochs}-epochs-seed-{options.seed}",
+        )
+        best.append(method)
+    print(tuning_table(tuning))
+
+    checkpoints = options.out_dir / f"checkpoints-seed-{options.seed}"
+    checkpoints.mkdir(exist_ok=True)
+    runs = [Run(problem, method, options.seed, checkpoints) for method in best]
+    race(runs, options.epochs * epoch, epoch, "autoencoder")
+    records = [run.record() for run in runs]
+    print(results_table(records))
+
+    results = {
+        "environment": environment(),
+        "seed": options.seed,
+        "batch_size": BATCH_SIZE,
+        "interval": INTERVAL,
+        "tuning": tuning,
+        "runs": records,
+    }
+    (options.out_dir / "autoencoder.json").write_text(json.dumps(results, indent=1))
+    picture = options.out_dir / "autoencoder.png"
+    shown = {"train_loss": "training loss", "test_loss": "test loss"}
+    plot_curves(records, epoch, shown, picture)
+    print(f"The curves are in {picture}.")
+
+
+if __name__ == "__main__":
+    main()

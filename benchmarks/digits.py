@@ -1,0 +1,172 @@
+"""Trains a small convolutional network with BatchNorm on scikit-learn's digits, with five optimizers.
+
+    python -m benchmarks.digits [--steps 220] [--out-dir results/digits]
+
+The 1,797 images of 8 x 8 pixels are part of scikit-learn. Every method takes the same batches from
+the same initial parameters. The table counts the steps that each needs to reach the training loss
+at which Adam ends.
+"""
+
+import os
+
+# LAPACK's threads would compete with XLA's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import tkfac_jax as tkfac
+from benchmarks.figures import plot_curves, steps_to_reach, table
+from benchmarks.runner import Method, Problem, Run, environment, race
+
+BATCH_SIZE = 128
+TEST_EXAMPLES = 360
+INTERVAL = 10
+
+
+class ConvNet(nn.Module):
+    """Three 3 x 3 convolutions with BatchNorm, a mean over pixels and a Dense layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits `(batch, 10)` of images `(batch, 8, 8, 1)`."""
+        for features, strides in ((16, 1), (32, 2), (32, 1)):
+            x = nn.Conv(features, (3, 3), strides=strides)(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            x = nn.relu(x)
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+def digits_problem(seed: int) -> Problem:
+    """The network with its initial parameters and the digits, split into training and test set."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(images))
+    images = (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    labels = labels[order].astype(np.int32)
+    train_x, test_x = images[TEST_EXAMPLES:], images[:TEST_EXAMPLES]
+    train_y, test_y = labels[TEST_EXAMPLES:], labels[:TEST_EXAMPLES]
+    model, likelihood = ConvNet(), tkfac.Categorical()
+    variables = model.init(jax.random.key(seed), train_x[:1], train=False)
+
+    def predict(params: Any, batch_stats: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        outputs, new = model.apply(
+            {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"]
+        )
+        return outputs, new["batch_stats"]
+
+    @jax.jit
+    def figures(params: Any, batch_stats: Any) -> dict[str, jax.Array]:
+        def logits(x: Any) -> Any:
+            return model.apply({"params": params, "batch_stats": batch_stats}, x, train=False)
+
+        return {
+            "train_loss": likelihood.nll(logits(train_x), jnp.asarray(train_y)).mean(),
+            "test_accuracy": (logits(test_x).argmax(-1) == test_y).mean(),
+        }
+
+    def evaluate(params: Any, batch_stats: Any) -> dict[str, float]:
+        return {name: float(value) for name, value in figures(params, batch_stats).items()}
+
+    return Problem(
+        predict,
+        likelihood,
+        variables["params"],
+        variables["batch_stats"],
+        train_x,
+        train_y,
+        BATCH_SIZE,
+        evaluate,
+    )
+
+
+def methods() -> list[Method]:
+    """The five optimizers; each first-order one at the best of a few learning rates."""
+
+    def fallback() -> optax.GradientTransformation:
+        return optax.adam(3e-3)
+
+    return [
+        Method("SGD-momentum", "lr 0.1", lambda _: optax.sgd(0.1, momentum=0.9)),
+        Method("Adam", "lr 0.003", lambda _: optax.adam(3e-3)),
+        Method(
+            "KFAC",
+            "lr 0.01, damping 0.01",
+            lambda layers: tkfac.kfac(0.01, layers, damping=0.01, fallback=fallback()),
+            INTERVAL,
+            tkfac.independent,
+        ),
+        Method(
+            "TKFAC, normal damping",
+            "lr 0.01, damping 0.01",
+            lambda layers: tkfac.tkfac(0.01, layers, damping=0.01, fallback=fallback()),
+            INTERVAL,
+        ),
+        Method(
+            "TKFAC, trace damping",
+            "lr 0.001, floor 0.01, damping 0.01",
+            lambda layers: tkfac.tkfac(
+                0.001, layers, damping=tkfac.trace_damping(0.01, 0.01), fallback=fallback()
+            ),
+            INTERVAL,
+        ),
+    ]
+
+
+def results_table(records: list[dict[str, Any]]) -> str:
+    """Loss, accuracy, time, and the steps to the training loss at which Adam ends."""
+    adam = next(record for record in records if record["method"] == "Adam")
+    goal = adam["curve"][-1]["train_loss"]
+    rows = [("method", "training loss", "test accuracy", "ms per step", f"steps to {goal:.2g}")]
+    for record in records:
+        end, reached = record["curve"][-1], steps_to_reach(record, goal)
+        rows.append(
+            (
+                record["method"],
+                f"{end['train_loss']:.2g}",
+                f"{end['test_accuracy']:.1%}",
+                f"{record['median_step_ms']:.1f}",
+                "not reached" if reached is None else str(reached),
+            )
+        )
+    return table(rows)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, default=220, help="training steps of each method")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters, split and batches")
+    parser.add_argument("--out-dir", type=Path, default=Path("results/digits"))
+    options = parser.parse_args()
+
+    problem = digits_problem(options.seed)
+    print(
+        tkfac.find_layers(
+            problem.predict, problem.params, problem.model_state, problem.inputs[:BATCH_SIZE]
+        )
+    )
+    runs = [Run(problem, method, options.seed) for method in methods()]
+    race(runs, options.steps, turn=10, title="digits")
+    records = [run.record() for run in runs]
+    print(results_table(records))
+
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    results = {"environment": environment(), "seed": options.seed, "runs": records}
+    (options.out_dir / "digits.json").write_text(json.dumps(results, indent=1))
+    picture = options.out_dir / "digits.png"
+    shown = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
+    plot_curves(records, runs[0].steps_per_epoch, shown, picture)
+    print(f"The curves are in {picture}.")
+
+
+if __name__ == "__main__":
+    main()

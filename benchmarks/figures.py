@@ -1,0 +1,70 @@
+"""Tables and pictures of the runs of a benchmark."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the head, the first column text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines.insert(1, "| " + " | ".join(rule) + " |")
+    return "\n".join(lines)
+
+
+def steps_to_reach(record: dict[str, Any], loss: float) -> int | None:
+    """The first evaluated step at which the training loss is at most `loss`; None if it never is."""
+    return next((p["step"] for p in record["curve"] if p["train_loss"] <= loss), None)
+
+
+def plot_curves(
+    records: Sequence[dict[str, Any]],
+    steps_per_epoch: int,
+    figures: dict[str, str],
+    path: Path,
+    *,
+    log: bool = True,
+) -> None:
+    """Draws each figure against epochs and against seconds of training.
+
+    Args:
+      records: the runs, as `Run.record` gives them.
+      steps_per_epoch: steps of one epoch.
+      figures: from a key of the curves' points to its label; a row of two panels each.
+      path: the PNG file.
+      log: whether losses have a logarithmic axis.
+    """
+    drawing, panels = plt.subplots(
+        len(figures), 2, figsize=(10, 3.6 * len(figures)), squeeze=False, sharey="row"
+    )
+    for (figure, label), (by_epoch, by_second) in zip(figures.items(), panels, strict=True):
+        for record in records:
+            points = [point for point in record["curve"] if point["step"] > 0]
+            values = [point[figure] for point in points]
+            name = f"{record['method']} ({record['settings']})"
+            by_epoch.plot([point["step"] / steps_per_epoch for point in points], values, label=name)
+            by_second.plot([point["seconds"] for point in points], values, label=name)
+        by_epoch.set(xlabel="epochs", ylabel=label)
+        by_second.set(xlabel="seconds of training")
+        for panel in (by_epoch, by_second):
+            panel.grid(alpha=0.3)
+            if log and "loss" in figure:
+                panel.set_yscale("log")
+    panels[0][1].legend(fontsize=7)
+    drawing.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=110)
+    plt.close(drawing)

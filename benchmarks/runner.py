@@ -1,0 +1,265 @@
+"""Trains one problem with several optimizers side by side, and can be stopped and resumed at any point.
+
+All methods advance in turns, a few steps each, so that a machine whose speed drifts is equally kind
+to all. What they have reached is written after each turn: the curve, and a checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import tkfac_jax as tkfac
+
+
+class Problem(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      predict: `predict(params, model_state, inputs) -> (outputs, model_state)`, in training mode.
+      likelihood: what the outputs mean.
+      params: initial parameters.
+      model_state: initial state of the model, such as BatchNorm's.
+      inputs: training inputs, examples first.
+      targets: training targets.
+      batch_size: examples of a step; what is left over at the end of an epoch is dropped.
+      evaluate: `evaluate(params, model_state) -> figures`, a dictionary of floats with `train_loss`.
+    """
+
+    predict: Callable[..., Any]
+    likelihood: Any
+    params: Any
+    model_state: Any
+    inputs: np.ndarray
+    targets: np.ndarray
+    batch_size: int
+    evaluate: Callable[[Any, Any], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer with its settings.
+
+    Attributes:
+      name: the method's name in tables and pictures.
+      settings: the settings as text, which tell apart the trials of one method.
+      build: from the layers to the optimizer.
+      interval: steps between new statistics and inverses; None for a first-order method.
+      rule: the rule of the statistics.
+    """
+
+    name: str
+    settings: str
+    build: Callable[[tkfac.Layers], Any]
+    interval: int | None = None
+    rule: Any = tkfac.trace_restricted
+
+    @property
+    def slug(self) -> str:
+        """The method and its settings as a file name."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.name} {self.settings}").strip("-")
+
+
+class Run:
+    """One method on its way: where it is, how long it took and what it reached."""
+
+    def __init__(self, problem: Problem, method: Method, seed: int, folder: Path | None = None):
+        """Starts a run, or resumes the one whose checkpoint lies in the folder."""
+        self.problem, self.method, self.seed = problem, method, seed
+        self.checkpoint = folder and folder / f"{method.slug}.msgpack"
+        self.layers = tkfac.find_layers(
+            problem.predict,
+            problem.params,
+            problem.model_state,
+            problem.inputs[: problem.batch_size],
+        )
+        optimizer = method.build(self.layers)
+        self.train_step = _make_step(problem, method, optimizer, self.layers)
+        params = jax.tree.map(jnp.array, problem.params)
+        self.trees = (params, optimizer.init(params), problem.model_state)
+        self.step, self.seconds, self.step_ms = 0, 0.0, []
+        self.curve = [{"step": 0, "seconds": 0.0, **problem.evaluate(params, problem.model_state)}]
+        self.order: tuple[int, Any] = (-1, None)
+        self._compile()
+        if self.checkpoint and self.checkpoint.exists():
+            self._restore(self.checkpoint)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one pass over the training set."""
+        return len(self.problem.inputs) // self.problem.batch_size
+
+    @property
+    def loss(self) -> float:
+        """The last training loss over the whole training set, infinite where it is not a number."""
+        loss = self.curve[-1]["train_loss"]
+        return loss if np.isfinite(loss) else float("inf")
+
+    def advance(self, steps: int) -> None:
+        """Makes some steps, then evaluates and writes down where it is."""
+        batches = [self._batch(self.step + i) for i in range(steps)]
+        started = time.perf_counter()
+        for i, (inputs, targets) in enumerate(batches):
+            key = jax.random.fold_in(jax.random.key(self.seed), self.step + i)
+            self.trees = self.train_step(self.trees, inputs, targets, key)
+        jax.block_until_ready(self.trees)
+        elapsed = time.perf_counter() - started
+        self.step += steps
+        self.seconds += elapsed
+        self.step_ms.append(1e3 * elapsed / steps)
+        params, _, model_state = self.trees
+        figures = self.problem.evaluate(params, model_state)
+        self.curve.append({"step": self.step, "seconds": self.seconds, **figures})
+        if self.checkpoint:
+            self._save(self.checkpoint)
+
+    def record(self) -> dict[str, Any]:
+        """The run as JSON."""
+        return {
+            "method": self.method.name,
+            "settings": self.method.settings,
+            "median_step_ms": float(np.median(self.step_ms)) if self.step_ms else None,
+            "curve": self.curve,
+        }
+
+    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self.order[0] != epoch:
+            permutation = np.random.default_rng((self.seed, epoch)).permutation(
+                len(self.problem.inputs)
+            )
+            self.order = (epoch, permutation)
+        size = self.problem.batch_size
+        chosen = self.order[1][place * size : (place + 1) * size]
+        return self.problem.inputs[chosen], self.problem.targets[chosen]
+
+    def _compile(self) -> None:
+        """Makes two steps on a copy, the first with new inverses and the second plain, to compile both."""
+        trees = jax.tree.map(jnp.array, self.trees)
+        for _ in range(2):
+            trees = self.train_step(trees, *self._batch(0), jax.random.key(0))
+        jax.block_until_ready(trees)
+
+    def _save(self, path: Path) -> None:
+        facts = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "step_ms": self.step_ms,
+            "curve": self.curve,
+        }
+        state = {"trees": flax.serialization.to_state_dict(self.trees), "facts": json.dumps(facts)}
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(state)))
+        partial.replace(path)
+
+    def _restore(self, path: Path) -> None:
+        state: Any = flax.serialization.msgpack_restore(path.read_bytes())
+        trees = flax.serialization.from_state_dict(self.trees, state["trees"])
+        self.trees = jax.tree.map(jnp.asarray, trees)
+        facts = json.loads(state["facts"])
+        self.step, self.seconds = facts["step"], facts["seconds"]
+        self.step_ms, self.curve = facts["step_ms"], facts["curve"]
+
+
+def _make_step(
+    problem: Problem, method: Method, optimizer: Any, layers: tkfac.Layers
+) -> Callable[..., Any]:
+    """A step `(params, opt_state, model_state), inputs, targets, key -> the same three`."""
+    if method.interval is not None:
+        inner = tkfac.make_train_step(
+            problem.predict,
+            problem.likelihood,
+            optimizer,
+            layers=layers,
+            fisher_interval=method.interval,
+            inverse_interval=method.interval,
+            rule=method.rule,
+            has_aux=True,
+        )
+    else:
+
+        def loss_fn(params: Any, model_state: Any, inputs: Any, targets: Any) -> Any:
+            outputs, model_state = problem.predict(params, model_state, inputs)
+            return problem.likelihood.nll(outputs, targets).mean(), model_state
+
+        def first_order(
+            params: Any, opt_state: Any, model_state: Any, inputs: Any, *, targets: Any, key: Any
+        ) -> Any:
+            del key
+            (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, model_state, inputs, targets
+            )
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, {"loss": loss, "aux": aux}
+
+        inner = jax.jit(first_order, donate_argnums=(0, 1))
+
+    def step(trees: Any, inputs: Any, targets: Any, key: Any) -> Any:
+        params, opt_state, model_state = trees
+        params, opt_state, metrics = inner(
+            params, opt_state, model_state, inputs, targets=targets, key=key
+        )
+        return params, opt_state, metrics["aux"]
+
+    return step
+
+
+def race(runs: Sequence[Run], steps: int, turn: int, title: str) -> None:
+    """Advances all runs to a number of steps, in turns, with a progress bar."""
+    total = sum(max(0, steps - run.step) for run in runs)
+    with tqdm(total=total, desc=title, unit="step", mininterval=1) as bar:
+        while any(run.step < steps for run in runs):
+            for run in runs:
+                part = min(turn, steps - run.step)
+                if part > 0:
+                    run.advance(part)
+                    bar.update(part)
+                    bar.set_postfix_str(f"{run.method.name} {run.loss:.4g}")
+
+
+def best_of(
+    problem: Problem, trials: Sequence[Method], steps: int, turn: int, seed: int, folder: Path
+) -> tuple[Method, list[dict[str, Any]]]:
+    """Runs all trials of one method for some steps; returns the best one and what all reached."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for method in trials:
+        written = folder / f"{method.slug}.json"
+        if written.exists():
+            records.append(json.loads(written.read_text()))
+            continue
+        run = Run(problem, method, seed)
+        race([run], steps, turn, f"{method.name} {method.settings}")
+        records.append(
+            {"settings": method.settings, "steps": steps, "train_loss": _json_number(run.loss)}
+        )
+        written.write_text(json.dumps(records[-1]))
+    losses = [np.inf if r["train_loss"] is None else r["train_loss"] for r in records]
+    return trials[int(np.argmin(losses))], records
+
+
+def _json_number(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS"),
+    }

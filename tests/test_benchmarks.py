@@ -1,0 +1,151 @@
+import gzip
+import json
+import struct
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import autoencoder, digits, mnist
+from benchmarks.figures import steps_to_reach, table
+from benchmarks.runner import Run, best_of, race
+
+
+def write_idx(path, array):
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    data = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def make_mnist(folder, examples=1000):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", examples), ("test", 50)):
+        write_idx(folder / f"{mnist.IMAGES[split]}.gz", rng.integers(0, 256, (count, 28, 28)))
+        write_idx(folder / f"{mnist.LABELS[split]}.gz", rng.integers(0, 10, count))
+
+
+@pytest.mark.parametrize("place", ["x.gz", "x", "mnist/x.gz", "MNIST/raw/x"])
+def test_idx_files_are_found_and_read(tmp_path, place):
+    array = np.arange(24).reshape(2, 3, 4)
+    write_idx(tmp_path / place, array)
+    np.testing.assert_array_equal(mnist.read_idx(mnist.find_file(tmp_path, "x")), array)
+
+
+def test_mnist_is_scaled_and_flat(tmp_path):
+    make_mnist(tmp_path)
+    images = mnist.load_images(tmp_path, "test")
+    assert images.shape == (50, 784)
+    assert images.dtype == np.float32
+    assert 0 <= images.min() < 0.1 < 0.9 < images.max() <= 1
+    assert mnist.load_labels(tmp_path, "train").shape == (1000,)
+
+
+def test_absent_files_are_downloaded_with_a_checksum_and_said_so(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def retrieve(url, known_hash, fname, path):
+        asked.update(url=url, known_hash=known_hash)
+        return str(path / fname)
+
+    monkeypatch.setattr(mnist.pooch, "retrieve", retrieve)
+    found = mnist.find_file(tmp_path, mnist.IMAGES["train"])
+    assert found == tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    assert asked["url"].endswith("/train-images-idx3-ubyte.gz")
+    assert asked["known_hash"] == "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"
+    assert "downloading it from" in capsys.readouterr().out
+
+
+def test_broken_idx_files(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"no idx file at all")
+    with pytest.raises(ValueError, match="is not an idx file of bytes"):
+        mnist.read_idx(path)
+    write_idx(path, np.zeros((2, 3)))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"holds 5 bytes; its header announces an array of shape \(2, 3\)"
+    ):
+        mnist.read_idx(path)
+
+
+def test_table_and_steps_to_reach():
+    assert table([("a", "b"), ("xx", "1.5")]).splitlines() == [
+        "| a  |   b |",
+        "| -- | --: |",
+        "| xx | 1.5 |",
+    ]
+    curve = [
+        {"step": s, "train_loss": loss} for s, loss in ((0, 9.0), (5, 3.0), (10, 4.0), (15, 1.0))
+    ]
+    assert steps_to_reach({"curve": curve}, 3.0) == 5
+    assert steps_to_reach({"curve": curve}, 2.0) == 15
+    assert steps_to_reach({"curve": curve}, 0.5) is None
+
+
+@pytest.fixture
+def small_autoencoder(tmp_path, monkeypatch):
+    make_mnist(tmp_path / "data")
+    monkeypatch.setattr(autoencoder, "WIDTHS", (12, 5, 12))
+    monkeypatch.setattr(autoencoder, "BATCH_SIZE", 250)
+    return tmp_path
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(small_autoencoder):
+    problem = autoencoder.autoencoder_problem(small_autoencoder / "data", 0, (12, 5, 12))
+    method = autoencoder.trials()["TKFAC"][1]
+    whole = Run(problem, method, seed=0)
+    race([whole], steps=30, turn=6, title="whole")
+    folder = small_autoencoder / "checkpoints"
+    folder.mkdir()
+    first = Run(problem, method, 0, folder)
+    race([first], steps=18, turn=6, title="first part")
+    second = Run(problem, method, 0, folder)
+    assert second.step == 18
+    race([second], steps=30, turn=6, title="second part")
+    for received, expected in zip(second.curve, whole.curve, strict=True):
+        assert received["step"] == expected["step"]
+        assert received["train_loss"] == expected["train_loss"]
+    jax.tree.map(np.testing.assert_array_equal, second.trees, whole.trees)
+
+
+def test_the_best_trial_is_chosen_and_trials_are_not_repeated(small_autoencoder, monkeypatch):
+    problem = autoencoder.autoencoder_problem(small_autoencoder / "data", 0, (12, 5, 12))
+    trials = autoencoder.trials()["Adam"]
+    chosen, records = best_of(problem, trials, 4, 4, 0, small_autoencoder / "tuning")
+    losses = [record["train_loss"] for record in records]
+    assert chosen is trials[int(np.argmin(losses))]
+    assert len(set(losses)) == 5
+    monkeypatch.setattr("benchmarks.runner.Run", None)
+    assert best_of(problem, trials, 4, 4, 0, small_autoencoder / "tuning") == (chosen, records)
+
+
+def test_the_autoencoder_command(small_autoencoder, monkeypatch, capsys):
+    out = small_autoencoder / "out"
+    arguments = ["--data-dir", str(small_autoencoder / "data"), "--out-dir", str(out)]
+    arguments += ["--epochs", "2", "--tuning-epochs", "1", "--methods", "Adam", "TKFAC"]
+    monkeypatch.setattr(sys, "argv", ["autoencoder", *arguments])
+    autoencoder.main()
+    results = json.loads((out / "autoencoder.json").read_text())
+    assert [run["method"] for run in results["runs"]] == ["Adam", "TKFAC"]
+    assert {name: len(tried) for name, tried in results["tuning"].items()} == {
+        "Adam": 5,
+        "TKFAC": 5,
+    }
+    assert [point["step"] for point in results["runs"][0]["curve"]] == [0, 4, 8]
+    assert (out / "autoencoder.png").stat().st_size > 10_000
+    assert "| TKFAC" in capsys.readouterr().out
+
+
+def test_the_digits_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["digits", "--steps", "20", "--out-dir", str(tmp_path)])
+    digits.main()
+    results = json.loads((tmp_path / "digits.json").read_text())
+    assert [run["method"] for run in results["runs"]] == [
+        method.name for method in digits.methods()
+    ]
+    for run in results["runs"]:
+        assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    assert "test accuracy" in capsys.readouterr().out
