@@ -39,14 +39,14 @@ GOAL = 61.0
 
 
 class Autoencoder(nn.Module):
-    """The fully connected autoencoder; He's initialisation, made for ReLU."""
+    """The fully connected autoencoder, of orthogonal kernels scaled for ReLU."""
 
     widths: tuple[int, ...] = WIDTHS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of the pixels, `(batch, 784)`, of images of the same shape."""
-        init = nn.initializers.he_normal()
+        init = nn.initializers.orthogonal(2**0.5)
         for width in self.widths:
             x = nn.relu(nn.Dense(width, kernel_init=init)(x))
         return nn.Dense(PIXELS, kernel_init=init)(x)
@@ -122,11 +122,11 @@ def second_order(
 def trials() -> dict[str, list[Method]]:
     """Five settings of each method."""
     settings = (
-        (0.3, 1.0, 1.1),
         (0.3, 0.3, 1.1),
-        (0.3, 0.1, 1.1),
-        (0.3, 0.3, 2.2),
-        (0.1, 0.1, 10.0),
+        (0.3, 0.3, 0.5),
+        (0.3, 0.2, 0.5),
+        (0.3, 0.1, 0.5),
+        (0.3, 0.2, 0.25),
     )
     return {
         "SGD-momentum": first_order(
