@@ -399,7 +399,7 @@ def test_a_model_written_for_one_example_and_vmapped(rule):
         assert_statistics(received[name], expected[name])
 
 
-def test_statistics_under_cond_and_pmap(keys):
+def test_statistics_under_cond():
     predict, params, inputs, targets, layers = mlp_problem()
     fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
     expected = fisher(params, inputs, targets=targets)
@@ -412,14 +412,41 @@ def test_statistics_under_cond_and_pmap(keys):
             lambda: capture.zero_slots(layers),
         )
 
-    averaged = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, axis_name="data")
-    split = jax.vmap(lambda x, y: averaged(params, x, targets=y), axis_name="data")(
-        inputs.reshape(2, 3, -1), targets.reshape(2, 3)
-    )
     for name in layers:
         assert_statistics(conditional(True)[name], expected[name])
         assert float(conditional(False)[name].trace) == 0
-        assert_statistics(jax.tree.map(lambda s: s[1], split[name]), expected[name])
+
+
+@pytest.mark.parametrize("how", ["vmap", "pmap", "shard_map", "sharded jit"])
+def test_statistics_of_a_divided_batch_are_those_of_the_batch(how):
+    predict, params, inputs, targets, layers = mlp_problem()
+    make = functools.partial(tkfac.empirical_fisher, predict, tkfac.Categorical(), layers)
+    expected = make()(params, inputs, targets=targets)
+    averaged, plain = make(axis_name="data"), make()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated, divided = jax.P(), jax.P("data")
+    if how in ("vmap", "pmap"):
+        mapped = {"vmap": jax.vmap, "pmap": jax.pmap}[how](
+            lambda x, y: averaged(params, x, targets=y), axis_name="data"
+        )(inputs.reshape(2, 3, -1), targets.reshape(2, 3))
+        received = jax.tree.map(lambda s: s[1], mapped)
+    elif how == "shard_map":
+        received = jax.jit(
+            jax.shard_map(
+                lambda x, y: averaged(params, x, targets=y),
+                mesh=mesh,
+                in_specs=(divided, divided),
+                out_specs=replicated,
+                check_vma=False,
+            )
+        )(inputs, targets)
+    else:
+        sharding = jax.NamedSharding(mesh, divided)
+        received = jax.jit(lambda x, y: plain(params, x, targets=y))(
+            jax.device_put(inputs, sharding), jax.device_put(targets, sharding)
+        )
+    for name in layers:
+        assert_statistics(received[name], expected[name])
 
 
 def test_mapped_devices_draw_different_targets_from_one_key():

@@ -60,7 +60,8 @@ def sampled_fisher(
         the gradients over them.
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
       has_aux: `predict` returns `(outputs, aux)`; `aux` is dropped.
-      axis_name: mapped axis (`jax.pmap`, `jax.shard_map`) over which the statistics are averaged.
+      axis_name: mapped axis (of `jax.pmap`, `jax.vmap`, or `jax.shard_map` with `check_vma=False`) over
+        which the statistics are averaged.
 
     Returns:
       `fisher(params, *args, key, **kwargs)`: the statistics, a dictionary from a layer's name to its
@@ -120,7 +121,8 @@ def empirical_fisher(
       sharing: see `sampled_fisher`.
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
       has_aux: `predict` returns `(outputs, aux)`; `aux` is dropped.
-      axis_name: mapped axis (`jax.pmap`, `jax.shard_map`) over which the statistics are averaged.
+      axis_name: mapped axis (of `jax.pmap`, `jax.vmap`, or `jax.shard_map` with `check_vma=False`) over
+        which the statistics are averaged.
 
     Returns:
       `fisher(params, *args, targets, **kwargs)`: the statistics; see `sampled_fisher`.
