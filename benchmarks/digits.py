@@ -89,32 +89,37 @@ def digits_problem(seed: int) -> Problem:
 
 
 def methods() -> list[Method]:
-    """The five optimizers; each first-order one at the best of a few learning rates."""
+    """The five optimizers, each at the best of the settings that were tried for it with seed 0.
+
+    SGD-momentum: 0.03, 0.1, 0.3. Adam: 0.001, 0.003, 0.01, 0.03. KFAC and TKFAC, learning rate and
+    damping: (0.003, 0.01), (0.01, 0.01), (0.01, 0.03), (0.03, 0.03), (0.1, 0.03). Trace damping, learning
+    rate and floor, with damping 0.01: (0.003, 0.01), (0.01, 0.01), (0.03, 0.1).
+    """
 
     def fallback() -> optax.GradientTransformation:
-        return optax.adam(3e-3)
+        return optax.adam(0.01)
 
     return [
-        Method("SGD-momentum", "lr 0.1", lambda _: optax.sgd(0.1, momentum=0.9)),
-        Method("Adam", "lr 0.003", lambda _: optax.adam(3e-3)),
+        Method("SGD-momentum", "lr 0.3", lambda _: optax.sgd(0.3, momentum=0.9)),
+        Method("Adam", "lr 0.03", lambda _: optax.adam(0.03)),
         Method(
             "KFAC",
-            "lr 0.01, damping 0.01",
-            lambda layers: tkfac.kfac(0.01, layers, damping=0.01, fallback=fallback()),
+            "lr 0.1, damping 0.03",
+            lambda layers: tkfac.kfac(0.1, layers, damping=0.03, fallback=fallback()),
             INTERVAL,
             tkfac.independent,
         ),
         Method(
             "TKFAC, normal damping",
-            "lr 0.01, damping 0.01",
-            lambda layers: tkfac.tkfac(0.01, layers, damping=0.01, fallback=fallback()),
+            "lr 0.1, damping 0.03",
+            lambda layers: tkfac.tkfac(0.1, layers, damping=0.03, fallback=fallback()),
             INTERVAL,
         ),
         Method(
             "TKFAC, trace damping",
-            "lr 0.001, floor 0.01, damping 0.01",
+            "lr 0.03, floor 0.1, damping 0.01",
             lambda layers: tkfac.tkfac(
-                0.001, layers, damping=tkfac.trace_damping(0.01, 0.01), fallback=fallback()
+                0.03, layers, damping=tkfac.trace_damping(0.1, 0.01), fallback=fallback()
             ),
             INTERVAL,
         ),
