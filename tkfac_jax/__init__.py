@@ -1,10 +1,12 @@
 """TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
 
 from tkfac_jax.capture import LayerStatistics, independent, trace_restricted
+from tkfac_jax.curvature import TkfacState
 from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
+from tkfac_jax.discovery import find_layers
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
-from tkfac_jax.layers import Layers, LayerSpec, find_layers
+from tkfac_jax.layers import Layers, LayerSpec
 from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from tkfac_jax.statistics import (
     Statistics,
@@ -13,7 +15,7 @@ from tkfac_jax.statistics import (
     value_and_grad_with_fisher,
 )
 from tkfac_jax.training import make_train_step
-from tkfac_jax.transform import TkfacState, kfac, scale_by_tkfac, tkfac
+from tkfac_jax.transform import kfac, scale_by_tkfac, tkfac
 
 __all__ = [
     "Bernoulli",

@@ -21,7 +21,8 @@ from tkfac_jax.capture import (
     trace_restricted,
     zero_slots,
 )
-from tkfac_jax.layers import Layers, unjitted, visible_layers
+from tkfac_jax.discovery import unjitted
+from tkfac_jax.layers import Layers, visible_layers
 from tkfac_jax.likelihoods import Likelihood
 
 Statistics = dict[str, LayerStatistics]

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 
 from tkfac_jax.capture import Rule, Sharing, trace_restricted
-from tkfac_jax.layers import Layers, unjitted
+from tkfac_jax.curvature import TkfacState
+from tkfac_jax.discovery import unjitted
+from tkfac_jax.layers import Layers
 from tkfac_jax.likelihoods import Likelihood
 from tkfac_jax.statistics import Estimator, value_and_grad_with_fisher
-from tkfac_jax.transform import TkfacState, check_interval
+from tkfac_jax.transform import check_interval
 
 
 def make_train_step(

@@ -1,31 +1,20 @@
 """The Optax transformations: `scale_by_tkfac`, and the complete optimizers `tkfac` and `kfac`."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from tkfac_jax.capture import LayerStatistics
+from tkfac_jax.curvature import Averaging, Curvature, TkfacState
 from tkfac_jax.damping import Damping, TraceDamping, Value, factored_damping, normal_damping
-from tkfac_jax.factors import (
-    Decay,
-    KroneckerFactors,
-    average_factors,
-    average_moments,
-    decay_at,
-    kronecker_factors,
-    zero_factors,
-)
-from tkfac_jax.inverses import Inverse, KroneckerInverses, cholesky_inverse, invert_factors
-from tkfac_jax.layers import Layers, LayerSpec, visible_layers
+from tkfac_jax.factors import Decay
+from tkfac_jax.inverses import Inverse, cholesky_inverse
+from tkfac_jax.layers import Layers
 from tkfac_jax.precondition import precondition
-from tkfac_jax.statistics import Statistics, check_statistics
 
-Averaging = Literal["factors", "moments"]
 Interval = int | Array
 
 DEFAULT_FALLBACK = optax.adam(1e-3)
@@ -34,27 +23,6 @@ MISSING_STATISTICS = (
     "update() needs the keyword argument 'statistics': a function such as lambda: fisher(params, "
     "inputs, key=key), the statistics themselves, or None for a step without new ones."
 )
-
-
-class TkfacState(NamedTuple):
-    """The state of `scale_by_tkfac`: arrays and dictionaries of arrays only.
-
-    Attributes:
-      step: number of updates so far.
-      factors: by layer, the moving averages; of the damped factors under `averaging="factors"`, of the
-        undamped ones under `averaging="moments"`.
-      inverses: by layer, the inverses of the damped factors, as of the last refresh.
-      factor_updates: number of statistics that have entered the averages.
-      skipped_statistics: number of statistics that were left out because they were not finite.
-      failed_inversions: number of inverses that could not be computed, so that the old one stayed.
-    """
-
-    step: Int[Array, ""]
-    factors: dict[str, KroneckerFactors]
-    inverses: dict[str, KroneckerInverses]
-    factor_updates: Int[Array, ""]
-    skipped_statistics: Int[Array, ""]
-    failed_inversions: Int[Array, ""]
 
 
 class _Missing:
@@ -133,7 +101,7 @@ def scale_by_tkfac(
       1
     """
     _check_options(layers, decay, fisher_interval, inverse_interval, averaging, norm_constraint)
-    curvature = _Curvature(
+    curvature = Curvature(
         layers,
         damping if isinstance(damping, Damping) else normal_damping(damping),
         decay,
@@ -172,78 +140,6 @@ def scale_by_tkfac(
         return updates, state._replace(step=optax.safe_increment(state.step))
 
     return optax.GradientTransformationExtraArgs(curvature.init, update)
-
-
-class _Curvature(NamedTuple):
-    """How the state's factors and inverses are made."""
-
-    layers: Layers
-    damping: Damping
-    decay: Decay
-    averaging: Averaging
-    inverse: Inverse
-    axis_name: str | None
-
-    def init(self, params: Any) -> Any:
-        """The state before the first statistics: the inverses are those of the damping alone."""
-        active = {n: self.layers[n] for n in visible_layers(self.layers, params, "params")}
-        # One buffer for each counter: a state that holds one twice could not be donated.
-        step, *counters = (jnp.zeros((), jnp.int32) for _ in range(4))
-        unknown = {name: zero_factors(spec) for name, spec in active.items()}
-        damped = self.damping.damp(unknown, active, step)
-        inverses, _ = invert_factors(damped, _identity_inverses(active), active, self.inverse)
-        factors = damped if self.averaging == "factors" else unknown
-        return TkfacState(step, factors, inverses, *counters)
-
-    def active(self, updates: Any, state: TkfacState) -> dict[str, LayerSpec]:
-        """The layers that the state knows, after a check that the updates hold them."""
-        visible = visible_layers(self.layers, updates, "updates")
-        if set(visible) != set(state.inverses):
-            msg = (
-                f"updates hold the layers {sorted(visible)}, the state those of {sorted(state.inverses)}. "
-                "Give update() gradients of the structure of the parameters that init() was given."
-            )
-            raise ValueError(msg)
-        return {name: self.layers[name] for name in visible}
-
-    def add(
-        self, state: TkfacState, statistics: Statistics, active: Mapping[str, LayerSpec]
-    ) -> TkfacState:
-        """Lets statistics enter the averages, or counts them as skipped if they are not finite."""
-        check_statistics(statistics, self.layers)
-        if self.axis_name is not None:
-            statistics = jax.lax.pmean(statistics, self.axis_name)
-        new = {}
-        for name, spec in active.items():
-            dtype = jnp.dtype(spec.dtype)
-            new[name] = kronecker_factors(
-                LayerStatistics(*(array.astype(dtype) for array in statistics[name]))
-            )
-        weight = decay_at(self.decay, state.factor_updates)
-        if self.averaging == "factors":
-            damped = self.damping.damp(new, active, state.step)
-            averaged = average_factors(state.factors, damped, weight)
-        else:
-            averaged = average_moments(state.factors, new, weight)
-        finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(statistics)]
-        accepted = jnp.stack(finite).all()
-        return state._replace(
-            factors=jax.tree.map(
-                lambda new, old: jnp.where(accepted, new, old), averaged, state.factors
-            ),
-            factor_updates=state.factor_updates + accepted.astype(jnp.int32),
-            skipped_statistics=state.skipped_statistics + (~accepted).astype(jnp.int32),
-        )
-
-    def refresh(self, state: TkfacState, active: Mapping[str, LayerSpec]) -> TkfacState:
-        """Inverts the damped factors; failures keep their old inverse and are counted."""
-        damped = state.factors
-        if self.averaging == "moments":
-            damped = self.damping.damp(damped, active, state.step)
-        inverses, failures = invert_factors(damped, state.inverses, active, self.inverse)
-        return state._replace(
-            inverses=inverses, failed_inversions=state.failed_inversions + failures
-        )
 
 
 def tkfac(
@@ -359,17 +255,6 @@ def _when_due(
     if isinstance(interval, int) and interval == 1:
         return change(state)
     return jax.lax.cond(state.step % interval == 0, change, lambda state: state, state)
-
-
-def _identity_inverses(active: Mapping[str, LayerSpec]) -> dict[str, KroneckerInverses]:
-    return {
-        name: KroneckerInverses.from_matrices(
-            jnp.eye(spec.d_in, dtype=spec.dtype),
-            jnp.eye(spec.d_out, dtype=spec.dtype),
-            spec.has_bias,
-        )
-        for name, spec in active.items()
-    }
 
 
 def _is_zero(value: Any) -> bool:

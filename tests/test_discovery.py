@@ -1,0 +1,315 @@
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from networks import convnet_problem, mlp_problem
+
+import tkfac_jax as tkfac
+
+
+def init(model, *args):
+    return model.init(jax.random.key(0), *args)["params"]
+
+
+def test_dense_layers_are_found_with_their_dimensions():
+    _, params, _, _, layers = mlp_problem()
+    assert list(layers) == ["Dense_0", "Dense_1", "Dense_2"]
+    assert [(s.d_in, s.d_out, s.has_bias, s.kind) for s in layers.values()] == [
+        (5, 5, True, "dense"),
+        (5, 4, False, "dense"),
+        (5, 3, True, "dense"),
+    ]
+    assert layers["Dense_1"].bias is None
+    assert layers["Dense_0"].dtype == "float64"
+    assert not layers.fallback
+    assert set(jax.tree.leaves(layers.labels(params))) == {"tkfac"}
+
+
+def test_nothing_is_computed():
+    model = nn.Dense(3)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2)))["params"]
+    inputs = jax.ShapeDtypeStruct((7, 2), jnp.float32)
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    assert list(tkfac.find_layers(predict, params, inputs)) == ["."]
+
+
+def test_conv_geometry_and_fallback_reasons():
+    _, params, *_, layers = convnet_problem()
+    spec = layers["Conv_0"]
+    assert (spec.kind, spec.d_in, spec.d_out) == ("conv", 3 * 3 * 2 + 1, 4)
+    assert spec.geometry.window == (3, 3)
+    assert spec.geometry.strides == (2, 2)
+    assert dict(layers.fallback) == {
+        "BatchNorm_0/bias": "BatchNorm is not a supported layer",
+        "BatchNorm_0/scale": "BatchNorm is not a supported layer",
+    }
+    labels = layers.labels(params)
+    assert labels["BatchNorm_0"] == {"bias": "fallback", "scale": "fallback"}
+    assert labels["Conv_0"] == {"bias": "tkfac", "kernel": "tkfac"}
+
+
+def test_several_models_nested_modules_and_dropout():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dropout(0.5, deterministic=False)(nn.relu(nn.Dense(4)(x)))
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block(name="second")(Block(name="first")(x))
+
+    encoder, decoder = Outer(), nn.Dense(2)
+    x = jnp.ones((3, 5))
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    params = {
+        "encoder": encoder.init(rngs, x)["params"],
+        "decoder": init(decoder, jnp.ones((3, 4))),
+    }
+
+    def predict(params, x, key, flag=None):
+        hidden = encoder.apply({"params": params["encoder"]}, x, rngs={"dropout": key})
+        return decoder.apply({"params": params["decoder"]}, hidden) if flag else hidden
+
+    layers = tkfac.find_layers(predict, params, x, jax.random.key(0), flag=True)
+    assert list(layers) == ["decoder", "encoder/first/Dense_0", "encoder/second/Dense_0"]
+    with pytest.warns(UserWarning, match="kernel 'decoder/kernel' of shape"):
+        without = tkfac.find_layers(predict, params, x, jax.random.key(0), flag=False)
+    assert "decoder/bias" in without.fallback
+
+
+def test_a_jitted_function_is_looked_into():
+    model = nn.Dense(3)
+    x = jnp.ones((2, 4))
+    params = init(model, x)
+    predict = jax.jit(lambda params, x: model.apply({"params": params}, x))
+    predict(params, x)
+    layers = tkfac.find_layers(predict, params, x)
+    fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)
+    assert float(fisher(params, x, key=jax.random.key(0))["."].trace) > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "reason"),
+    [
+        (partial(nn.Conv, 4, (3,)), jnp.ones((1, 5, 2)), "a convolution over 1 spatial axes"),
+        (
+            partial(nn.Conv, 4, (2, 2, 2)),
+            jnp.ones((1, 3, 3, 3, 2)),
+            "a convolution over 3 spatial axes",
+        ),
+        (
+            partial(nn.Conv, 4, (3, 3), feature_group_count=2),
+            jnp.ones((1, 5, 5, 2)),
+            "feature_group_count=2",
+        ),
+        (
+            partial(nn.Conv, 4, (3, 3), input_dilation=2, padding=1),
+            jnp.ones((1, 5, 5, 2)),
+            "input_dilation=2",
+        ),
+        (
+            partial(nn.Conv, 4, (3, 3), mask=jnp.ones((3, 3, 2, 4))),
+            jnp.ones((1, 5, 5, 2)),
+            "a masked kernel",
+        ),
+        (
+            partial(nn.ConvTranspose, 4, (3, 3)),
+            jnp.ones((1, 5, 5, 2)),
+            "ConvTranspose is not a supported layer",
+        ),
+        (partial(nn.DenseGeneral, 4), jnp.ones((2, 3)), "DenseGeneral is not a supported layer"),
+        (partial(nn.Embed, 7, 4), jnp.zeros((2,), int), "Embed is not a supported layer"),
+        (
+            partial(nn.Dense, 4, dot_general=jax.lax.dot_general),
+            jnp.ones((2, 3)),
+            "its own dot_general",
+        ),
+    ],
+)
+def test_unsupported_layers_are_left_by_name(module, x, reason):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = module(name="odd")(x)
+            return nn.Dense(2, name="last")(y.astype(jnp.float32))
+
+    net = Net()
+    params = init(net, x)
+
+    def predict(params, x):
+        return net.apply({"params": params}, x)
+
+    with pytest.warns(UserWarning, match=reason):
+        layers = tkfac.find_layers(predict, params, x)
+    assert list(layers) == ["last"]
+    assert any(reason in text for text in layers.fallback.values())
+    with pytest.raises(ValueError, match=reason):
+        tkfac.find_layers(predict, params, x, on_unsupported="error")
+    assert tkfac.find_layers(predict, params, x, on_unsupported="ignore") == layers
+
+
+class Doubled(nn.Dense):
+    """Overrides what a Dense layer computes."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Renamed(nn.Dense):
+    """Changes nothing that matters."""
+
+
+def test_subclasses_count_only_if_they_compute_the_same():
+    x = jnp.ones((2, 3))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Renamed(2)(Doubled(4)(x))
+
+    net = Net()
+    params = init(net, x)
+    with pytest.warns(UserWarning, match="Doubled overrides Dense.__call__"):
+        layers = tkfac.find_layers(lambda p, x: net.apply({"params": p}, x), params, x)
+    assert list(layers) == ["Renamed_0"]
+
+
+class Cell(nn.Module):
+    """One layer of a stack that nn.scan runs through."""
+
+    @nn.compact
+    def __call__(self, carry, _):
+        return nn.Dense(3)(carry), None
+
+
+@pytest.mark.parametrize("change", ["scale", "cast", "remat", "scan"])
+def test_kernels_that_are_not_used_as_they_stand_are_refused(change):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if change == "remat":
+                x = nn.remat(nn.Dense)(3, name="first")(x)
+            elif change == "scan":
+                scanned = nn.scan(
+                    Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+                )
+                x, _ = scanned(name="first")(x, None)
+            else:
+                x = nn.Dense(3, name="first")(x)
+            return nn.Dense(2, name="last")(x)
+
+    net = Net()
+    x = jnp.ones((2, 3))
+    params = init(net, x)
+
+    def predict(params, x):
+        first = next(name for name in params if name != "last")
+        changed = dict(params)
+        if change == "scale":
+            changed[first] = jax.tree.map(lambda w: 0.5 * w, params[first])
+        if change == "cast":
+            changed[first] = jax.tree.map(lambda w: w.astype(jnp.float16), params[first])
+        return net.apply({"params": changed}, x)
+
+    with pytest.warns(UserWarning, match="no supported layer uses it as it stands in params"):
+        layers = tkfac.find_layers(predict, params, x)
+    assert list(layers) == ["last"]
+
+
+def test_a_kernel_shared_by_two_modules_is_one_layer():
+    layer = nn.Dense(3, use_bias=False)
+    x = jnp.ones((2, 3))
+    params = {"both": init(layer, x)}
+
+    def predict(params, x):
+        hidden = layer.apply({"params": params["both"]}, x)
+        return nn.Dense(3, use_bias=False).apply({"params": params["both"]}, hidden)
+
+    assert list(tkfac.find_layers(predict, params, x)) == ["both"]
+
+
+def test_conflicting_uses_are_refused():
+    x = jnp.ones((2, 3))
+    params = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3), "last": init(nn.Dense(2), x)}
+
+    def with_and_without_bias(params, x):
+        own = {"kernel": params["kernel"], "bias": params["bias"]}
+        x = nn.Dense(3).apply({"params": own}, x)
+        x = nn.Dense(3, use_bias=False).apply({"params": {"kernel": params["kernel"]}}, x)
+        return nn.Dense(2).apply({"params": params["last"]}, x)
+
+    with pytest.warns(UserWarning, match="several values of bias"):
+        layers = tkfac.find_layers(with_and_without_bias, params, x)
+    assert list(layers) == ["last"]
+
+    def biased_by_a_constant(params, x):
+        own = {"kernel": params["kernel"], "bias": 2 * params["bias"]}
+        x = nn.Dense(3).apply({"params": own}, x)
+        return nn.Dense(2).apply({"params": params["last"]}, x)
+
+    with pytest.warns(UserWarning, match="the bias used with it does not stand in params"):
+        tkfac.find_layers(biased_by_a_constant, params, x)
+
+
+def test_a_bias_shared_by_two_kernels_is_refused():
+    x = jnp.ones((2, 3))
+    params = {
+        "one": jnp.ones((3, 3)),
+        "two": jnp.ones((3, 3)),
+        "bias": jnp.ones(3),
+        "last": init(nn.Dense(2), x),
+    }
+
+    def predict(params, x):
+        for name in ("one", "two"):
+            own = {"kernel": params[name], "bias": params["bias"]}
+            x = nn.Dense(3).apply({"params": own}, x)
+        return nn.Dense(2).apply({"params": params["last"]}, x)
+
+    with pytest.warns(UserWarning, match="its bias 'bias' is used with other kernels too"):
+        layers = tkfac.find_layers(predict, params, x)
+    assert list(layers) == ["last"]
+
+
+def test_partitioned_parameters_are_found_under_their_own_names():
+    init_fn = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = nn.Dense(3, kernel_init=init_fn)
+    x = jnp.ones((2, 4))
+    params = init(model, x)
+    assert isinstance(params["kernel"], nn.Partitioned)
+
+    def predict(params, x):
+        return model.apply({"params": params}, x)
+
+    layers = tkfac.find_layers(predict, params, x)
+    assert layers["."].kernel == "kernel"
+    optimizer = tkfac.tkfac(0.1, layers)
+    state = optimizer.init(params)
+    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
+        params, x, key=jax.random.key(0)
+    )
+    updates, _ = optimizer.update(params, state, params, statistics=statistics)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_messages(unchecked):
+    model = nn.Dense(3)
+    x = jnp.ones((2, 4))
+    params = init(model, x)
+    with pytest.raises(
+        ValueError, match='on_unsupported=\'raise\'; expected "warn", "error" or "ignore"'
+    ):
+        tkfac.find_layers(lambda p, x: x, params, x, on_unsupported="raise")
+    with pytest.raises(
+        ValueError, match="find_layers found no supported layer: 'bias': no supported"
+    ):
+        tkfac.find_layers(lambda p, x: x, params, x)
+    with pytest.raises(ValueError, match="params has no leaves"):
+        tkfac.find_layers(lambda p, x: x, {}, x)
