@@ -36,7 +36,11 @@ def assert_damped(received, expected):
         np.testing.assert_allclose(received[name].psi, psi, rtol=1e-12)
 
 
-@pytest.mark.parametrize("value", [0.03, lambda step: 0.01 * step, jnp.asarray(0.03)], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [0.03, lambda step: 0.01 * step, jnp.asarray(0.03)],
+    ids=["number", "schedule", "array"],
+)
 def test_normal_damping(value):
     made = factors([0.5, 2.0, 1e-3])
     received = jax.jit(lambda f: tkfac.normal_damping(value).damp(f, LAYERS, STEP))(made)
