@@ -173,7 +173,7 @@ def _record_layer(
 
 
 def _refuse_shared_biases(uses: dict[str, list[_Use]], reasons: dict[str, str]) -> None:
-    pairs = {(use.bias, kernel) for kernel, found in uses.items() for use in found}
+    pairs = dict.fromkeys((use.bias, kernel) for kernel, found in uses.items() for use in found)
     kernels_of = Counter(bias for bias, _ in pairs if bias is not None)
     for bias, kernel in pairs:
         if bias is not None and kernels_of[bias] > 1:

@@ -184,7 +184,7 @@ def visible_layers(layers: Mapping[str, LayerSpec], tree: Any, what: str) -> lis
         if spec.bias is not None:
             expected[spec.bias] = (spec.d_out,)
         hidden = [p for p in expected if any(f"{p}/".startswith(f"{m}/") or not m for m in masked)]
-        for parameter in expected.keys() - set(hidden):
+        for parameter in (p for p in expected if p not in hidden):
             shape = jnp.shape(leaves[parameter]) if parameter in leaves else "nothing"
             if shape != expected[parameter]:
                 msg = (
