@@ -5,10 +5,29 @@ import jax
 import jax.numpy as jnp
 
 import tkfac_jax as tkfac
+from tkfac_jax.matrices import Layout
+from tkfac_jax.structures import Structure
 
 
 def as_float64(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+
+
+def spec(d_in, d_out, *, has_bias=False, kind="dense", name=".", dtype="float64", large=None):
+    """The spec of a layer that is one matrix; `d_in` counts the bias."""
+    layout = Layout((d_in - has_bias, d_out), (), (0,), (1,), *(((1,), 1) if has_bias else ((), 0)))
+    return tkfac.LayerSpec(
+        name=name,
+        kind=kind,
+        kernel="kernel",
+        bias="bias" if has_bias else None,
+        kernel_shape=(d_in - has_bias, d_out),
+        bias_shape=(d_out,) if has_bias else None,
+        dtype=dtype,
+        layout=layout,
+        phi=Structure.of_size(d_in, *(large or ())),
+        psi=Structure.of_size(d_out, *(large or ())),
+    )
 
 
 class Mlp(nn.Module):

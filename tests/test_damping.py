@@ -3,13 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from networks import spec
 
 import tkfac_jax as tkfac
 from tkfac_jax.factors import KroneckerFactors
 
+KINDS = {"conv_0": "conv", "conv_1": "conv", "dense": "dense"}
 LAYERS = {
-    name: tkfac.LayerSpec(name, kind, name, None, (1, 1), "float64")
-    for name, kind in {"conv_0": "conv", "conv_1": "conv", "dense": "dense"}.items()
+    name: spec(4 + i, 3, kind=kind, name=name) for i, (name, kind) in enumerate(KINDS.items())
 }
 STEP = jnp.asarray(3)
 
@@ -55,8 +56,7 @@ def test_normal_damping(value):
 def test_trace_damping(deltas, floor):
     made = factors(deltas)
     received = tkfac.trace_damping(floor, 0.03).damp(made, LAYERS, STEP)
-    kinds = {name: spec.kind for name, spec in LAYERS.items()}
-    assert_damped(received, oracles.trace_damping(numpy_form(made), kinds, 0.01, 0.03))
+    assert_damped(received, oracles.trace_damping(numpy_form(made), KINDS, 0.01, 0.03))
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-45, 1e-38])

@@ -7,6 +7,7 @@ import pytest
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
+from tkfac_jax import discovery
 
 
 def init(model, *args):
@@ -45,8 +46,8 @@ def test_conv_geometry_and_fallback_reasons():
     assert spec.geometry.window == (3, 3)
     assert spec.geometry.strides == (2, 2)
     assert dict(layers.fallback) == {
-        "BatchNorm_0/bias": "BatchNorm is not a supported layer",
-        "BatchNorm_0/scale": "BatchNorm is not a supported layer",
+        "BatchNorm_0/bias": discovery.NORM,
+        "BatchNorm_0/scale": discovery.NORM,
     }
     labels = layers.labels(params)
     assert labels["BatchNorm_0"] == {"bias": "fallback", "scale": "fallback"}

@@ -6,8 +6,7 @@ import oracles
 import pytest
 from networks import as_float64
 
-import tkfac_jax as tkfac
-from tkfac_jax.matrices import gradient_rows, input_rows
+from tkfac_jax.calls import LayerCall, observing
 
 CONVOLUTIONS = {
     "plain": {},
@@ -26,6 +25,21 @@ CONVOLUTIONS = {
 }
 
 
+def rows_of(predict, params, x, gradients):
+    """The rows of the one layer that a function applies."""
+    calls = []
+
+    def observe(call):
+        calls.append(call.layer)
+        return call.layer.output
+
+    with observing(observe):
+        predict(params, x)
+    (layer,) = calls
+    assert isinstance(layer, LayerCall)
+    return layer.form.rows(layer.inputs, gradients, layer.bias is not None)
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("window", [(3, 3), (2, 3), (1, 1)])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -39,8 +53,8 @@ def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
     def predict(params, x):
         return model.apply({"params": params}, x)
 
-    spec = tkfac.find_layers(predict, params, x)["."]
-    rows = np.asarray(input_rows(spec, x))
+    rows, gradients = rows_of(predict, params, x, predict(params, x))
+    rows = np.asarray(rows)
     kernel = np.asarray(params["kernel"]).reshape(-1, 3)
     matrix = np.concatenate([kernel, params["bias"][None]]) if use_bias else kernel
     expected = np.asarray(predict(params, x))
@@ -59,9 +73,7 @@ def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
         ]
     )
     np.testing.assert_array_equal(rows[..., : patches.shape[-1]], patches)
-    np.testing.assert_array_equal(
-        gradient_rows(spec, jnp.asarray(expected)), expected.reshape(2, -1, 3)
-    )
+    np.testing.assert_array_equal(gradients, expected.reshape(2, -1, 3))
 
 
 def test_negative_padding_crops():
@@ -72,8 +84,7 @@ def test_negative_padding_crops():
     def predict(params, x):
         return model.apply({"params": params}, x)
 
-    spec = tkfac.find_layers(predict, params, x)["."]
-    received = input_rows(spec, x) @ params["kernel"].reshape(-1, 1)
+    received = rows_of(predict, params, x, predict(params, x))[0] @ params["kernel"].reshape(-1, 1)
     np.testing.assert_allclose(received.ravel(), predict(params, x).ravel(), rtol=1e-12)
 
 
@@ -84,8 +95,9 @@ def test_axes_between_batch_and_features_are_locations(shape, expected):
     model = nn.Dense(2)
     x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
     params = model.init(jax.random.key(0), x)["params"]
-    spec = tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, x)["."]
-    rows = input_rows(spec, x)
+    rows, _ = rows_of(
+        lambda p, x: model.apply({"params": p}, x), params, x, model.apply({"params": params}, x)
+    )
     assert rows.shape == expected
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows[..., :-1].reshape(shape), x)

@@ -1,17 +1,28 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from networks import convnet_problem, mlp_problem
+from networks import convnet_problem, mlp_problem, spec
 
 import tkfac_jax as tkfac
+from tkfac_jax.matrices import Layout
 from tkfac_jax.precondition import precondition, precondition_kernel
 
 
 def positive_definite(seed, size):
     root = np.random.default_rng(seed).normal(size=(size, size))
     return root @ root.T + np.eye(size)
+
+
+def conv_or_dense_spec(shape, has_bias):
+    *rows, _ = range(len(shape))
+    bias = ((len(rows),), 1) if has_bias else ((), 0)
+    layout = Layout(shape, (), tuple(rows), (len(rows),), *bias)
+    d_in = int(np.prod(shape[:-1])) + has_bias
+    return dataclasses.replace(spec(d_in, shape[-1], has_bias=has_bias), layout=layout)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 3)])
@@ -27,11 +38,12 @@ def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(shape, has_
     # Rows of the matrix one after the other, so that phi is the outer factor.
     expected = np.linalg.solve(np.kron(phi, psi), matrix.reshape(-1)).reshape(matrix.shape)
 
-    inverses = tkfac.KroneckerInverses.from_matrices(
-        jnp.asarray(np.linalg.inv(phi)), jnp.asarray(np.linalg.inv(psi)), has_bias
+    layer = conv_or_dense_spec(shape, has_bias)
+    inverses = tkfac.KroneckerInverses.from_factors(
+        layer, jnp.asarray(np.linalg.inv(phi)), jnp.asarray(np.linalg.inv(psi))
     )
     kernel_step, bias_step = precondition_kernel(
-        inverses, jnp.asarray(kernel), jnp.asarray(bias) if has_bias else None
+        layer, inverses, jnp.asarray(kernel), jnp.asarray(bias) if has_bias else None
     )
     rows = matrix[:-1] if has_bias else matrix
     np.testing.assert_allclose(
@@ -45,8 +57,8 @@ def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(shape, has_
 
 def identity_inverses(layers, scale=1.0):
     return {
-        name: tkfac.KroneckerInverses.from_matrices(
-            scale * jnp.eye(s.d_in, dtype=s.dtype), jnp.eye(s.d_out, dtype=s.dtype), s.has_bias
+        name: tkfac.KroneckerInverses.from_factors(
+            s, scale * jnp.eye(s.d_in, dtype=s.dtype), jnp.eye(s.d_out, dtype=s.dtype)
         )
         for name, s in layers.items()
     }

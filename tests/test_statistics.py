@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from networks import as_float64, convnet_problem, mlp_problem
+from networks import as_float64, convnet_problem, mlp_problem, spec
 
 import tkfac_jax as tkfac
 from tkfac_jax import capture
+from tkfac_jax.matrices import Contraction
 
 RULES = {
     "tkfac": (tkfac.trace_restricted, oracles.trace_restricted),
@@ -208,14 +209,20 @@ def test_statistics_of_half_batches_average_to_those_of_the_batch(rule):
         assert_statistics(whole[name], mean[name])
 
 
+def factors_of_rows(a, g, rule):
+    """The factors of a layer with these inputs and gradients, `(batch, locations, d)`."""
+    layer = spec(a.shape[-1], g.shape[-1])
+    a, g = jnp.asarray(a), jnp.asarray(g)
+    form = Contraction.last_axis(3)
+    sums = capture._accumulate(layer, form, capture.Options(rule), a, g, capture.Counting())
+    return tkfac.factors.kronecker_factors(jax.tree.map(lambda s: s / len(a), sums))
+
+
 def test_the_trace_of_the_block_is_exact():
     """tr(delta Phi (x) Psi) = tr(F), the property that gives TKFAC its name."""
     rng = np.random.default_rng(0)
     a, g = rng.normal(size=(6, 3, 4)), rng.normal(size=(6, 3, 2))
-    received = tkfac.trace_restricted(
-        jnp.asarray(a.reshape(-1, 4)), jnp.asarray(g.reshape(-1, 2)), 3
-    )
-    factors = tkfac.factors.kronecker_factors(jax.tree.map(lambda s: s / 6, received))
+    factors = factors_of_rows(a, g, tkfac.trace_restricted)
     block = factors.delta * np.kron(factors.phi, factors.psi)
     np.testing.assert_allclose(np.trace(block), np.trace(oracles.fisher_block(a, g)), rtol=1e-12)
 
@@ -223,9 +230,7 @@ def test_the_trace_of_the_block_is_exact():
 def test_one_example_gives_the_block_exactly():
     rng = np.random.default_rng(1)
     a, g = rng.normal(size=(1, 1, 4)), rng.normal(size=(1, 1, 3))
-    factors = tkfac.factors.kronecker_factors(
-        tkfac.trace_restricted(jnp.asarray(a[0]), jnp.asarray(g[0]), 1)
-    )
+    factors = factors_of_rows(a, g, tkfac.trace_restricted)
     block = factors.delta * np.kron(factors.phi, factors.psi)
     np.testing.assert_allclose(block, oracles.fisher_block(a, g), rtol=1e-12, atol=1e-14)
 
@@ -234,13 +239,12 @@ def test_all_pairs_of_inputs_and_gradients_give_the_block_of_kfac():
     """Where inputs and gradients are independent, TKFAC, KFAC and the block are one."""
     rng = np.random.default_rng(2)
     pairs = list(itertools.product(rng.normal(size=(3, 4)), rng.normal(size=(5, 2))))
-    a, g = (jnp.asarray(np.stack(side)) for side in zip(*pairs, strict=True))
+    a, g = (np.stack(side)[:, None] for side in zip(*pairs, strict=True))
     blocks = []
     for rule in (tkfac.trace_restricted, tkfac.independent):
-        moments = jax.tree.map(lambda s: s / len(pairs), rule(a, g, 1))
-        factors = tkfac.factors.kronecker_factors(moments)
+        factors = factors_of_rows(a, g, rule)
         blocks.append(factors.delta * np.kron(factors.phi, factors.psi))
-    expected = oracles.fisher_block(np.asarray(a)[:, None], np.asarray(g)[:, None])
+    expected = oracles.fisher_block(a, g)
     for block in blocks:
         np.testing.assert_allclose(block, expected, rtol=1e-11, atol=1e-13)
 
@@ -521,7 +525,9 @@ def _fishers():
         "num_samples=0; expected a whole number": lambda: make(num_samples=0),
         'sharing=\'sum\'; expected "expand" or "reduce"': lambda: make(sharing="sum"),
         "rule='kfac'; expected tkfac_jax.trace_restricted": lambda: make(rule="kfac"),
-        'estimator=\'exact\'; expected "sampled" or "empirical"': lambda: both(estimator="exact"),
+        'estimator=\'true\'; expected "sampled", "empirical" or "exact"': lambda: both(
+            estimator="true"
+        ),
         r"nll returned shape \(\); expected one number per example": lambda: tkfac.empirical_fisher(
             predict, Total(), layers
         )(params, inputs, targets=targets),

@@ -1,5 +1,15 @@
 """TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
 
+from tkfac_jax import linen as _linen  # noqa: F401 - registers the layers of Flax Linen
+from tkfac_jax.calls import (
+    LayerCall,
+    attend_call,
+    conv_call,
+    dense_call,
+    embed_call,
+    register_layer,
+    tag,
+)
 from tkfac_jax.capture import LayerStatistics, independent, trace_restricted
 from tkfac_jax.curvature import TkfacState
 from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
@@ -8,9 +18,11 @@ from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
 from tkfac_jax.layers import Layers, LayerSpec
 from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from tkfac_jax.matrices import Convolution
 from tkfac_jax.statistics import (
     Statistics,
     empirical_fisher,
+    exact_fisher,
     sampled_fisher,
     value_and_grad_with_fisher,
 )
@@ -21,7 +33,15 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "KroneckerFactors",
+    "Convolution",
     "KroneckerInverses",
+    "LayerCall",
+    "attend_call",
+    "conv_call",
+    "dense_call",
+    "embed_call",
+    "register_layer",
+    "tag",
     "LayerSpec",
     "LayerStatistics",
     "Layers",
@@ -31,6 +51,7 @@ __all__ = [
     "TkfacState",
     "cholesky_inverse",
     "empirical_fisher",
+    "exact_fisher",
     "factored_damping",
     "find_layers",
     "independent",

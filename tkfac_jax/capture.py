@@ -4,22 +4,33 @@ After each registered layer an identity `tag(output, inputs, slot)` is inserted.
 receives the derivative with respect to the output and returns the layer's statistics as the
 cotangent of `slot`, a zero that the forward pass ignores. One pull-back therefore yields the
 statistics of all layers as the "gradient" with respect to the slots: nothing else is kept, and
-the uses of a layer that is applied several times add up by themselves.
+the uses of a layer that is applied several times add up by themselves. A layer that its kernel reaches
+through transformations has its slot next to the kernel in `params` (`routes`), so that the slots of
+stacked layers are stacked too.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tkfac_jax import linen
-from tkfac_jax.layers import Layers, LayerSpec, named_leaves
-from tkfac_jax.linen import LayerCall, ModuleCall
-from tkfac_jax.matrices import gradient_rows, input_rows, patch_bytes
+from tkfac_jax.calls import Call, LayerCall, observing
+from tkfac_jax.layers import Layers, LayerSpec
+from tkfac_jax.matrices import (
+    Convolution,
+    Form,
+    Lookup,
+    Rows,
+    reduce_locations,
+    rows_moment,
+    squared_norms,
+)
+from tkfac_jax.routes import Routes
 
 Sharing = Literal["expand", "reduce"]
 
@@ -32,7 +43,9 @@ class LayerStatistics(NamedTuple):
     """The statistics of one layer, means over examples.
 
     The Fisher block of the layer is approximated by `input_moment (x) output_moment / trace`, the
-    kernel's rows as in `kernel.reshape(-1, d_out)` and the bias last.
+    kernel's rows as in `kernel.reshape(-1, d_out)` and the bias last. The moments have the shapes of
+    the layer's factors: `(d_in, d_in)` and `(d_out, d_out)` unless the layer's spec says otherwise (stacked
+    layers and groups have leading axes, large factors only some of their entries).
 
     Attributes:
       input_moment: under `trace_restricted` `E[tr(G) L]`, under `independent` `E[L]`.
@@ -40,171 +53,285 @@ class LayerStatistics(NamedTuple):
       trace: under `trace_restricted` `E[tr(L) tr(G)]`, under `independent` the number of uses of the layer (1).
     """
 
-    input_moment: Float[Array, "d_in d_in"]
-    output_moment: Float[Array, "d_out d_out"]
-    trace: Float[Array, ""]
+    input_moment: Float[Array, "..."]
+    output_moment: Float[Array, "..."]
+    trace: Float[Array, "..."]
 
 
-Rule = Callable[[Array, Array, int], LayerStatistics]
+class RowWeights(NamedTuple):
+    """What each row counts in the sums of a layer's statistics.
+
+    Attributes:
+      inputs: weight of `a a^T` in the input moment.
+      outputs: weight of `g g^T` in the output moment.
+      traces: the row's share of the trace.
+    """
+
+    inputs: Float[Array, "*blocks batch locations"]
+    outputs: Float[Array, "*blocks batch locations"]
+    traces: Float[Array, "*blocks batch locations"]
+
+
+Rule = Callable[[Array, Array, Array | None], RowWeights]
 
 
 def trace_restricted(
-    inputs: Float[Array, "rows d_in"], gradients: Float[Array, "rows d_out"], locations: int
-) -> LayerStatistics:
-    """Statistics of TKFAC, summed over rows: one row per example and location.
-
-    With `L = a a^T` and `G = g g^T` of a row: `sum tr(G) L`, `sum tr(L) G` and `sum tr(L) tr(G)`.
+    inputs: Float[Array, "*blocks batch locations"],
+    gradients: Float[Array, "*blocks batch locations"],
+    weights: Float[Array, "batch locations"] | None = None,
+) -> RowWeights:
+    """The rule of TKFAC: `L = a a^T` is weighted by `tr(G)`, and `G = g g^T` by `tr(L)`.
 
     Args:
-      inputs: inputs `a`, the homogeneous coordinate included.
-      gradients: derivatives `g` of each example's own loss with respect to the layer's output.
-      locations: rows per example; not used by this rule.
+      inputs: squared norms `tr(L)` of the inputs `a`, the homogeneous coordinate included.
+      gradients: squared norms `tr(G)` of the derivatives `g` of each example's own loss with respect to the
+        layer's output.
+      weights: what each location counts, 0 for padding; the gradients carry its root already. None: 1.
 
     Returns:
-      The sums. Divided by the number of examples they are the statistics of Gao et al. 2021,
-      Eq. (4.9), and for a convolution Eq. (4.13).
+      The weights. The weighted sums, divided by the number of examples, are the statistics of Gao
+      et al. 2021, Eq. (4.9), and for a convolution Eq. (4.13).
     """
-    del locations
-    input_traces = jnp.sum(inputs * inputs, axis=-1)
-    output_traces = jnp.sum(gradients * gradients, axis=-1)
-    return LayerStatistics(
-        _moment(inputs * output_traces[:, None], inputs),
-        _moment(gradients * input_traces[:, None], gradients),
-        input_traces @ output_traces,
-    )
+    if weights is not None:
+        present = (weights > 0).astype(inputs.dtype)
+        inputs, gradients = inputs * present, gradients * present
+    return RowWeights(gradients, inputs, inputs * gradients)
 
 
 def independent(
-    inputs: Float[Array, "rows d_in"], gradients: Float[Array, "rows d_out"], locations: int
-) -> LayerStatistics:
-    """Statistics of KFAC, summed over rows: one row per example and location.
+    inputs: Float[Array, "*blocks batch locations"],
+    gradients: Float[Array, "*blocks batch locations"],
+    weights: Float[Array, "batch locations"] | None = None,
+) -> RowWeights:
+    """The rule of KFAC: `sum L`, `sum G / locations` and the number of examples.
 
-    `sum L`, `sum G / locations` and the number of examples: inputs and gradients are taken as
-    independent, and gradients as alike at all locations.
+    Inputs and gradients are taken as independent, and gradients as alike at all locations.
 
     Args:
-      inputs: inputs `a`, the homogeneous coordinate included.
-      gradients: derivatives `g` of each example's own loss with respect to the layer's output.
-      locations: rows per example.
+      inputs: squared norms of the inputs.
+      gradients: squared norms of the derivatives of each example's own loss.
+      weights: what each location counts, 0 for padding; the gradients carry its root already. None: 1.
 
     Returns:
-      The sums. Divided by the number of examples they are the factors of Martens and Grosse 2015,
-      and for a convolution of Grosse and Martens 2016.
+      The weights. The weighted sums, divided by the number of examples, are the factors of Martens and
+      Grosse 2015, and for a convolution of Grosse and Martens 2016.
     """
+    del gradients
     # Counted from the data, because under jax.vmap a constant would count for one lane, not for all.
-    rows = jnp.sum(jnp.where(jnp.isnan(inputs[:, 0]), 1, 1).astype(inputs.dtype))
-    return LayerStatistics(
-        _moment(inputs, inputs), _moment(gradients, gradients) / locations, rows / locations
-    )
+    counted = jnp.where(jnp.isnan(inputs), 1, 1).astype(inputs.dtype)
+    present = counted
+    if weights is not None:
+        counted, present = counted * weights, counted * (weights > 0)
+    locations = jnp.maximum(present.sum(-1, keepdims=True), 1)
+    return RowWeights(counted, present / locations, counted / locations)
 
 
-def _moment(left: Array, right: Array) -> Array:
-    # The default precision of accelerators would round the products to bfloat16 or TF32.
-    return jnp.matmul(left.T, right, precision=jax.lax.Precision.HIGHEST)
+class Options(NamedTuple):
+    """How statistics are made; see `sampled_fisher`.
+
+    Attributes:
+      rule: `trace_restricted` or `independent`.
+      sharing: what happens to several locations of an example, for each layer or for all.
+      precision: precision of the matrix products.
+    """
+
+    rule: Rule = trace_restricted
+    sharing: Sharing | Mapping[str, Sharing] = "expand"
+    precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST
+
+    def sharing_of(self, name: str) -> Sharing:
+        """What happens to the locations of a layer."""
+        return self.sharing if isinstance(self.sharing, str) else self.sharing.get(name, "expand")
 
 
-def zero_slots(layers: Layers) -> dict[str, LayerStatistics]:
+def zero_slots(layers: Mapping[str, LayerSpec]) -> dict[str, LayerStatistics]:
     """Zeros in the shapes of the statistics, one `LayerStatistics` per layer."""
     return {
         name: LayerStatistics(
-            jnp.zeros((spec.d_in, spec.d_in), spec.dtype),
-            jnp.zeros((spec.d_out, spec.d_out), spec.dtype),
-            jnp.zeros((), spec.dtype),
+            jnp.zeros((*spec.batch, *spec.phi.shape), spec.dtype),
+            jnp.zeros((*spec.batch, *spec.psi.shape), spec.dtype),
+            jnp.zeros(spec.batch, spec.dtype),
         )
         for name, spec in layers.items()
     }
 
 
+class Counting(NamedTuple):
+    """What counts in a batch.
+
+    Attributes:
+      mask: 1 where a position of an example counts, 0 where it is padding, `(batch, *positions)`; None: all count.
+      weights: what each example counts, `(batch,)`; None: 1.
+    """
+
+    mask: Array | None = None
+    weights: Array | None = None
+
+    def locations(self, batch: int, locations: int, dtype: str) -> Array | None:
+        """What each location of a layer counts, `(batch, locations)`; None: all the same.
+
+        A mask of positions speaks of a layer's locations where they are as many.
+        """
+        mask = None
+        if self.mask is not None and len(self.mask) == batch:
+            flat = self.mask.reshape(batch, -1)
+            mask = flat.astype(dtype) if flat.shape[1] == locations else None
+        if self.weights is None or len(self.weights) != batch:
+            return mask
+        weights = jnp.broadcast_to(self.weights[:, None].astype(dtype), (batch, locations))
+        return weights if mask is None else weights * mask
+
+
+class Tagged(NamedTuple):
+    """What `tagging` yields.
+
+    Attributes:
+      params: the parameters to give to the model.
+      names: the layers that have been tagged so far.
+    """
+
+    params: Any
+    names: set[str]
+
+
 @contextlib.contextmanager
 def tagging(
-    layers: Layers, params: Any, slots: dict[str, LayerStatistics], rule: Rule, sharing: Sharing
-) -> Iterator[set[str]]:
+    layers: Layers,
+    params: Any,
+    slots: Mapping[str, LayerStatistics],
+    options: Options,
+    counting: Counting,
+) -> Iterator[Tagged]:
     """Tags the layers that are applied inside the context.
 
     Args:
       layers: the layers to tag.
-      params: the parameters that the modules are given in the context; no two leaves the same object.
+      params: the parameters; no two leaves the same object.
       slots: where the statistics go; see `zero_slots`.
-      rule: `trace_restricted` or `independent`.
-      sharing: what happens to several locations of an example; see `sampled_fisher`.
+      options: how they are made.
+      counting: what counts in the batch.
 
     Yields:
-      The names of the layers that have been tagged so far.
+      The parameters that the model must be given in the context, and the names of the layers that have
+      been tagged so far.
     """
-    leaves = named_leaves(params)
-    spec_of = {id(leaves[spec.kernel]): spec for spec in layers.values()}
+    entries = {spec.kernel: slots[name] for name, spec in layers.items() if spec.routed}
+    routes = Routes.through(params, entries)
+    spec_of = {spec.kernel: spec for spec in layers.values()}
     tagged: set[str] = set()
 
-    def observe(call: ModuleCall, output: Any) -> Any:
-        if not isinstance(call.layer, LayerCall):
-            return output
-        spec = spec_of.get(id(call.layer.kernel))
-        if spec is None:
-            return output
+    def observe(call: Call) -> Any:
+        layer = call.layer
+        if not isinstance(layer, LayerCall):
+            return None
+        match, _ = routes.match_layer(call, layer)
+        spec = spec_of.get(match.name) if match is not None else None
+        if match is None or spec is None:
+            return layer.output
+        # An entry that a cast has changed would receive statistics in low precision.
+        survives = (
+            isinstance(match.entry, LayerStatistics) and match.entry.trace.dtype == spec.dtype
+        )
+        slot = match.entry if survives else slots[spec.name]
         tagged.add(spec.name)
-        accumulate = functools.partial(_accumulate, spec, rule, sharing)
-        return _tag(output, call.layer.inputs, slots[spec.name], accumulate)
+        inputs: Any = layer.inputs
+        inputs = inputs() if callable(inputs) else inputs
+        accumulate = functools.partial(_accumulate, spec, layer.form, options)
+        return _tag(layer.output, inputs, counting, slot, accumulate)
 
-    with linen.intercept(observe):
-        yield tagged
+    with observing(observe):
+        yield Tagged(routes.params, tagged)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tag(output: Array, inputs: Array, slot: LayerStatistics, accumulate: Any) -> Array:
-    """The identity on `output`; backwards, `slot` receives `accumulate(inputs, output gradient)`."""
-    del inputs, slot, accumulate
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tag(
+    output: Array, inputs: Array, counting: Counting, slot: LayerStatistics, accumulate: Any
+) -> Array:
+    """The identity on `output`; backwards, `slot` receives `accumulate(inputs, output gradient, counting)`."""
+    del inputs, counting, slot, accumulate
     return output
 
 
 def _tag_forward(
-    output: Array, inputs: Array, slot: LayerStatistics, accumulate: Any
-) -> tuple[Array, Array]:
+    output: Array, inputs: Array, counting: Counting, slot: LayerStatistics, accumulate: Any
+) -> tuple[Array, tuple[Array, Counting]]:
     del slot, accumulate
-    return output, inputs
+    return output, (inputs, counting)
 
 
-def _tag_backward(accumulate: Any, inputs: Array, gradient: Array) -> tuple[Array, None, Any]:
-    return gradient, None, accumulate(inputs, gradient)
+def _tag_backward(
+    accumulate: Any, residuals: tuple[Array, Counting], gradient: Array
+) -> tuple[Array, None, None, LayerStatistics]:
+    inputs, counting = residuals
+    return gradient, None, None, accumulate(inputs, gradient, counting)
 
 
 _tag.defvjp(_tag_forward, _tag_backward)
 
 
 def _accumulate(
-    spec: LayerSpec, rule: Rule, sharing: Sharing, inputs: Array, gradients: Array
+    spec: LayerSpec,
+    form: Form,
+    options: Options,
+    inputs: Array,
+    gradients: Array,
+    counting: Counting,
 ) -> LayerStatistics:
     """Sums a layer's statistics over the examples of one call, so many at a time as fit in a chunk."""
-
-    def statistics_of(inputs: Array, gradients: Array) -> LayerStatistics:
-        rows = input_rows(spec, inputs)
-        gradient = gradient_rows(spec, gradients)
-        if sharing == "reduce":
-            rows = rows.mean(axis=1, keepdims=True)
-            gradient = gradient.sum(axis=1, keepdims=True)
-        locations = rows.shape[1]
-        return rule(
-            rows.reshape(-1, rows.shape[-1]), gradient.reshape(-1, gradient.shape[-1]), locations
-        )
+    inputs = inputs if isinstance(form, Lookup) else inputs.astype(spec.dtype)
+    gradients = gradients.astype(spec.dtype)
 
     # Only the rows of a convolution are larger than its input.
-    if spec.geometry is None or inputs.ndim == 3:
-        return statistics_of(inputs, gradients)
+    if isinstance(form, Convolution) and inputs.ndim == len(form.window) + 2:
+        chunk = max(1, CHUNK_BYTES // form.patch_bytes(inputs.shape[-1], gradients))
+        if chunk < len(inputs):
+            return _accumulate_chunks(spec, form, options, inputs, gradients, counting, chunk)
+    rows = form.rows(inputs, gradients, spec.has_bias)
+    batch, locations = rows[1].shape[-3:-1]
+    weights = counting.locations(batch, locations, spec.dtype)
+    return _statistics(spec, options, rows, weights)
+
+
+def _accumulate_chunks(
+    spec: LayerSpec,
+    form: Convolution,
+    options: Options,
+    inputs: Array,
+    gradients: Array,
+    counting: Counting,
+    chunk: int,
+) -> LayerStatistics:
+    """Sums the statistics of a convolution over chunks of examples."""
+
+    def statistics_of(inputs: Array, gradients: Array, weights: Array | None) -> LayerStatistics:
+        rows = form.rows(inputs, gradients, spec.has_bias)
+        return _statistics(spec, options, rows, weights)
+
     examples = len(inputs)
-    chunk = max(1, CHUNK_BYTES // patch_bytes(spec, gradients))
-    if chunk >= examples:
-        return statistics_of(inputs, gradients)
-
-    def add_chunk(
-        total: LayerStatistics, arrays: tuple[Array, Array]
-    ) -> tuple[LayerStatistics, None]:
-        return jax.tree.map(jnp.add, total, statistics_of(*arrays)), None
-
+    weights = counting.locations(examples, math.prod(gradients.shape[1:-1]), spec.dtype)
     # The first chunk takes what does not divide evenly, and its sums start the accumulation.
     first = examples % chunk or chunk
-    chunks = (_in_chunks(inputs[first:], chunk), _in_chunks(gradients[first:], chunk))
-    total = statistics_of(inputs[:first], gradients[:first])
-    return jax.lax.scan(add_chunk, total, chunks)[0]
+    arrays = (inputs, gradients, weights)
+    start = jax.tree.map(lambda array: array[:first], arrays)
+    chunks = jax.tree.map(lambda array: array[first:].reshape(-1, chunk, *array.shape[1:]), arrays)
+    return jax.lax.scan(
+        lambda total, chunk: (jax.tree.map(jnp.add, total, statistics_of(*chunk)), None),
+        statistics_of(*start),
+        chunks,
+    )[0]
 
 
-def _in_chunks(array: Array, chunk: int) -> Array:
-    return array.reshape(-1, chunk, *array.shape[1:])
+def _statistics(
+    spec: LayerSpec, options: Options, rows: tuple[Rows, Array], weights: Array | None
+) -> LayerStatistics:
+    """Sums over the examples and locations of input rows and gradient rows."""
+    inputs, gradients = rows
+    if options.sharing_of(spec.name) == "reduce":
+        inputs, gradients = reduce_locations(inputs, gradients, weights)
+        weights = None if weights is None else weights.max(-1, keepdims=True)
+    counts = options.rule(squared_norms(inputs), squared_norms(gradients), weights)
+    return LayerStatistics(
+        rows_moment(spec.phi, inputs, counts.inputs, options.precision),
+        rows_moment(spec.psi, gradients, counts.outputs, options.precision),
+        counts.traces.sum((-2, -1)),
+    )

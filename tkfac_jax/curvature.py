@@ -21,6 +21,7 @@ from tkfac_jax.factors import (
 from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.statistics import Statistics, check_statistics
+from tkfac_jax.structures import identity
 
 Averaging = Literal["factors", "moments"]
 
@@ -36,6 +37,7 @@ class TkfacState(NamedTuple):
       factor_updates: number of statistics that have entered the averages.
       skipped_statistics: number of statistics that were left out because they were not finite.
       failed_inversions: number of inverses that could not be computed, so that the old one stayed.
+      refreshed: by layer, the step at which all of its inverses were last computed; 0 at first.
     """
 
     step: Int[Array, ""]
@@ -44,6 +46,7 @@ class TkfacState(NamedTuple):
     factor_updates: Int[Array, ""]
     skipped_statistics: Int[Array, ""]
     failed_inversions: Int[Array, ""]
+    refreshed: dict[str, Int[Array, ""]]
 
 
 class Curvature(NamedTuple):
@@ -55,17 +58,52 @@ class Curvature(NamedTuple):
     averaging: Averaging
     inverse: Inverse
     axis_name: str | None
+    factor_dtype: Any = None
+    inverse_dtype: Any = None
 
     def init(self, params: Any) -> Any:
         """The state before the first statistics: the inverses are those of the damping alone."""
         active = {n: self.layers[n] for n in visible_layers(self.layers, params, "params")}
         # One buffer for each counter: a state that holds one twice could not be donated.
-        step, *counters = (jnp.zeros((), jnp.int32) for _ in range(4))
+        step, updates, skipped, failed = (jnp.zeros((), jnp.int32) for _ in range(4))
         unknown = {name: zero_factors(spec) for name, spec in active.items()}
         damped = self.damping.damp(unknown, active, step)
-        inverses, _ = invert_factors(damped, _identity_inverses(active), active, self.inverse)
-        factors = damped if self.averaging == "factors" else unknown
-        return TkfacState(step, factors, inverses, *counters)
+        start = {name: self._identity_inverses(spec) for name, spec in active.items()}
+        inverses, _ = invert_factors(damped, start, active, self.inverse)
+        factors = self._store(damped if self.averaging == "factors" else unknown)
+        refreshed = {name: jnp.zeros((), jnp.int32) for name in active}
+        return TkfacState(step, factors, inverses, updates, skipped, failed, refreshed)
+
+    def _store(self, factors: dict[str, KroneckerFactors]) -> dict[str, KroneckerFactors]:
+        if self.factor_dtype is None:
+            return factors
+        dtype = self.factor_dtype
+        return {
+            name: KroneckerFactors(f.phi.astype(dtype), f.psi.astype(dtype), f.delta)
+            for name, f in factors.items()
+        }
+
+    def _load(
+        self, factors: Mapping[str, KroneckerFactors], active: Mapping[str, LayerSpec]
+    ) -> Any:
+        """Factors in a dtype to compute with: that of the statistics, or their own if it is wider."""
+        return {
+            name: jax.tree.map(
+                lambda array, spec=active[name]: array.astype(
+                    jnp.promote_types(array.dtype, spec.dtype)
+                ),
+                factor,
+            )
+            for name, factor in factors.items()
+        }
+
+    def _identity_inverses(self, spec: LayerSpec) -> KroneckerInverses:
+        dtype = spec.dtype if self.inverse_dtype is None else self.inverse_dtype
+        return KroneckerInverses.from_factors(
+            spec,
+            identity(spec.phi, spec.batch, dtype),
+            identity(spec.psi, spec.batch, dtype),
+        )
 
     def active(self, updates: Any, state: TkfacState) -> dict[str, LayerSpec]:
         """The layers that the state knows, after a check that the updates hold them."""
@@ -92,11 +130,12 @@ class Curvature(NamedTuple):
                 LayerStatistics(*(array.astype(dtype) for array in statistics[name]))
             )
         weight = decay_at(self.decay, state.factor_updates)
+        old = self._load(state.factors, active)
         if self.averaging == "factors":
             damped = self.damping.damp(new, active, state.step)
-            averaged = average_factors(state.factors, damped, weight)
+            averaged = self._store(average_factors(old, damped, weight))
         else:
-            averaged = average_moments(state.factors, new, weight)
+            averaged = self._store(average_moments(old, new, weight))
         finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(statistics)]
         accepted = jnp.stack(finite).all()
         return state._replace(
@@ -109,21 +148,17 @@ class Curvature(NamedTuple):
 
     def refresh(self, state: TkfacState, active: Mapping[str, LayerSpec]) -> TkfacState:
         """Inverts the damped factors; failures keep their old inverse and are counted."""
-        damped = state.factors
+        damped = self._load(state.factors, active)
         if self.averaging == "moments":
             damped = self.damping.damp(damped, active, state.step)
         inverses, failures = invert_factors(damped, state.inverses, active, self.inverse)
+        refreshed = {
+            name: jnp.where(failures[name] > 0, last, state.step)
+            for name, last in state.refreshed.items()
+        }
+        total = jnp.stack(list(failures.values())).sum(dtype=jnp.int32)
         return state._replace(
-            inverses=inverses, failed_inversions=state.failed_inversions + failures
+            inverses=inverses,
+            failed_inversions=state.failed_inversions + total,
+            refreshed=refreshed,
         )
-
-
-def _identity_inverses(active: Mapping[str, LayerSpec]) -> dict[str, KroneckerInverses]:
-    return {
-        name: KroneckerInverses.from_matrices(
-            jnp.eye(spec.d_in, dtype=spec.dtype),
-            jnp.eye(spec.d_out, dtype=spec.dtype),
-            spec.has_bias,
-        )
-        for name, spec in active.items()
-    }

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
+from tkfac_jax.structures import add_to_diagonal, trace
 
 Value = float | Array | Callable[[Array], Any]
 
@@ -43,9 +44,9 @@ class NormalDamping(NamedTuple):
         step: Array,
     ) -> dict[str, KroneckerFactors]:
         """Damps all layers by Eq. (5.15)."""
-        del layers
+        value = _at(self.value, step)
         return {
-            name: _normal(layer, layer.delta, _at(self.value, step))
+            name: _normal(layers[name], layer, layer.delta, value)
             for name, layer in factors.items()
         }
 
@@ -67,16 +68,14 @@ class TraceDamping(NamedTuple):
         expansion = _expansion([layer.delta for layer in factors.values()], floor)
         damped = {}
         for name, layer in factors.items():
-            if layers[name].kind == "dense":
-                delta = layer.delta * expansion.astype(layer.delta.dtype)
-                damped[name] = _normal(layer, delta, dense_damping)
-            else:
+            spec = layers[name]
+            if spec.kind == "conv":
                 delta = jnp.maximum(layer.delta, jnp.asarray(floor, layer.delta.dtype))
-                damped[name] = KroneckerFactors(
-                    _add_to_diagonal(jnp.sqrt(delta) * layer.phi, delta / len(layer.phi)),
-                    _add_to_diagonal(jnp.sqrt(delta) * layer.psi, delta / len(layer.psi)),
-                    layer.delta,
-                )
+                shifts = delta / spec.d_in, delta / spec.d_out
+                damped[name] = _damped(spec, layer, jnp.sqrt(delta), *shifts)
+            else:
+                delta = layer.delta * expansion.astype(layer.delta.dtype)
+                damped[name] = _normal(spec, layer, delta, dense_damping)
         return damped
 
 
@@ -92,23 +91,17 @@ class FactoredDamping(NamedTuple):
         step: Array,
     ) -> dict[str, KroneckerFactors]:
         """Damps all layers by factored Tikhonov damping."""
-        del layers
+        value = _at(self.value, step)
         damped = {}
         for name, layer in factors.items():
-            root, shift = jnp.sqrt(layer.delta), _root(_at(self.value, step), layer.delta.dtype)
-            mean_in, mean_out = (
-                jnp.trace(layer.phi) / len(layer.phi),
-                jnp.trace(layer.psi) / len(layer.psi),
-            )
+            spec = layers[name]
+            shift = _root(value, layer.delta.dtype)
+            mean_in = trace(spec.phi, layer.phi) / spec.d_in
+            mean_out = trace(spec.psi, layer.psi) / spec.d_out
             # A layer without signal has traces of 0, and any split of the damping is as good.
             alive = (mean_in > 0) & (mean_out > 0)
-            ratio = jnp.where(alive, mean_in, 1) / jnp.where(alive, mean_out, 1)
-            pi = jnp.sqrt(ratio)
-            damped[name] = KroneckerFactors(
-                _add_to_diagonal(root * layer.phi, pi * shift),
-                _add_to_diagonal(root * layer.psi, shift / pi),
-                layer.delta,
-            )
+            pi = jnp.sqrt(jnp.where(alive, mean_in, 1) / jnp.where(alive, mean_out, 1))
+            damped[name] = _damped(spec, layer, jnp.sqrt(layer.delta), pi * shift, shift / pi)
         return damped
 
 
@@ -135,7 +128,7 @@ def trace_damping(floor: Value, dense_damping: Value) -> TraceDamping:
     """The damping of TKFAC_new, which ties the damping of convolutions to their traces.
 
     With `d = max(floor, delta)`, convolutions use `sqrt(d) Phi + d / d_in I` and
-    `sqrt(d) Psi + d / d_out I`; dense layers take `beta delta` for `delta`, where `beta` is the largest
+    `sqrt(d) Psi + d / d_out I`; all other layers take `beta delta` for `delta`, where `beta` is the largest
     `d / delta` of all layers, and then normal damping. Layers of trace 0 do not count for `beta`.
 
     Args:
@@ -185,11 +178,24 @@ def _root(value: float | Array, dtype: Any) -> Array:
     return jnp.sqrt(jnp.asarray(value, dtype))
 
 
-def _normal(factors: KroneckerFactors, delta: Array, damping: float | Array) -> KroneckerFactors:
-    root, shift = jnp.sqrt(delta), _root(damping, delta.dtype)
+def _normal(
+    spec: LayerSpec, factors: KroneckerFactors, delta: Array, damping: float | Array
+) -> KroneckerFactors:
+    shift = jnp.broadcast_to(_root(damping, delta.dtype), delta.shape)
+    return _damped(spec, factors, jnp.sqrt(delta), shift, shift)
+
+
+def _damped(
+    spec: LayerSpec, factors: KroneckerFactors, root: Array, phi_shift: Array, psi_shift: Array
+) -> KroneckerFactors:
+    """`root Phi + phi_shift I`, `root Psi + psi_shift I`."""
+
+    def scaled(factor: Array) -> Array:
+        return factor * root.reshape(*root.shape, *(1,) * (factor.ndim - root.ndim))
+
     return KroneckerFactors(
-        _add_to_diagonal(root * factors.phi, shift),
-        _add_to_diagonal(root * factors.psi, shift),
+        add_to_diagonal(spec.phi, scaled(factors.phi), phi_shift),
+        add_to_diagonal(spec.psi, scaled(factors.psi), psi_shift),
         factors.delta,
     )
 
@@ -200,14 +206,10 @@ def _expansion(deltas: list[Array], floor: float | Array) -> Array:
         jnp.where(delta > 0, jnp.maximum(floor / jnp.where(delta > 0, delta, 1), 1), 1)
         for delta in deltas
     ]
-    beta = jnp.stack(ratios).max()
+    beta = jnp.concatenate([ratio.ravel() for ratio in ratios]).max()
     # floor / delta overflows for the smallest deltas; the root of the largest number leaves room
     # for the product with another layer's delta.
     return jnp.minimum(beta, jnp.sqrt(jnp.finfo(beta.dtype).max))
-
-
-def _add_to_diagonal(matrix: Array, value: Array) -> Array:
-    return matrix + value * jnp.eye(len(matrix), dtype=matrix.dtype)
 
 
 def _check_positive(name: str, value: Any) -> None:

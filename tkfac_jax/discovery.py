@@ -1,9 +1,9 @@
 """Finding the layers of a function.
 
-`find_layers` traces the function abstractly and watches which module uses which leaf of `params`.
-A leaf is recognised by identity: the module must have been given the very array that stands in
-`params`, not one computed from it, because the Fisher block of a scaled or transformed kernel is
-not the block of the parameter.
+`find_layers` traces the function abstractly and notes which layer uses which leaf of `params`. Where a
+layer is given the very array that stands in `params`, nothing more has to be asked. Where a
+transformation stands in between, the kernel that the layer sees is compared with the parameter
+(`_check_values`), because the Fisher block of a scaled or normalised kernel is not the block of the parameter.
 """
 
 import inspect
@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tkfac_jax import linen
+from tkfac_jax.calls import Call, observing
 from tkfac_jax.layers import Layers, LayerSpec, named_leaves
-from tkfac_jax.linen import ConvGeometry, LayerCall, ModuleCall
+from tkfac_jax.matrices import Convolution, Form, Layout
+from tkfac_jax.provenance import check_values
+from tkfac_jax.routes import Routes, split_arrays
+from tkfac_jax.structures import Structure
 
-NOT_FOUND = (
-    "no supported layer uses it as it stands in params (it is unused, or cast, scaled or passed "
-    "through a transformation such as nn.scan or nn.remat before a layer uses it)"
-)
+NOT_FOUND = "no supported layer uses it as it stands in params (it is unused, or changed before a layer uses it)"
+NORM = 'it belongs to a norm; find_layers(..., norms="exact") gives it an exact block'
 
 
 def unjitted(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,8 +37,20 @@ class _Use(NamedTuple):
 
     kind: str
     bias: str | None
-    geometry: ConvGeometry | None
+    layout: Layout
+    stack: tuple[int, ...]
+    form: Form
     dtype: np.dtype
+    as_it_stands: bool
+    routed: bool
+    name: str | None
+
+
+class _Notes(NamedTuple):
+    """What an abstract call of the function has shown."""
+
+    uses: dict[str, list[_Use]]
+    reasons: dict[str, str]
 
 
 def find_layers(
@@ -45,12 +58,17 @@ def find_layers(
     params: Any,
     *args: Any,
     on_unsupported: Literal["warn", "error", "ignore"] = "warn",
+    norms: Literal["fallback", "exact"] = "fallback",
+    max_factor_size: int | None = None,
+    large_factors: Literal["diagonal", "blocks"] = "diagonal",
     **kwargs: Any,
 ) -> Layers:
-    """Finds the layers that a function applies, by abstract tracing: nothing is computed.
+    """Finds the layers that a function applies, by abstract tracing.
 
-    Supported are `nn.Dense`, and `nn.Conv` over two spatial axes with any stride, padding and
-    kernel dilation. Every other parameter is left to the fallback optimizer, with its reason.
+    Nothing is computed, with one exception: kernels that reach their layers through transformations
+    (`nn.remat`, `nn.scan`, a cast) are compared with the parameters, on random numbers.
+
+    Every parameter that belongs to no supported layer is left to the fallback optimizer, with its reason.
 
     Args:
       fun: a function `fun(params, *args, **kwargs)` that applies Flax modules, any number of them.
@@ -58,13 +76,18 @@ def find_layers(
       *args: further arguments: inputs, batch statistics, dropout keys. Arrays are traced, all else is static.
       on_unsupported: what to do about a kernel (a parameter of two or more axes) that is left to
         the fallback: `"warn"` (a `UserWarning` that names it), `"error"` (a `ValueError`) or `"ignore"`.
+      norms: what to do with scale and bias of norms: leave them to the fallback, or treat each norm
+        as a layer whose one block is exact.
+      max_factor_size: factors with more rows than this are not stored whole; None: all are.
+      large_factors: what larger factors become: their diagonal alone, or blocks on the diagonal of at
+        most `max_factor_size` rows. The input factor of an embedding is always diagonal.
       **kwargs: further keyword arguments of `fun`.
 
     Returns:
       The layers, in the order of their parameters.
 
     Raises:
-      ValueError: `on_unsupported` is none of the three; no layer was found; or a kernel is left to
+      ValueError: an option is none of those above; no layer was found; or a kernel is left to
         the fallback and `on_unsupported="error"`.
 
     Example:
@@ -80,26 +103,28 @@ def find_layers(
       total                         2.641
       MB: factors and inverses, two of each per layer
     """
-    if on_unsupported not in ("warn", "error", "ignore"):
-        msg = f'on_unsupported={on_unsupported!r}; expected "warn", "error" or "ignore".'
-        raise ValueError(msg)
+    _check_options(on_unsupported, norms, max_factor_size, large_factors)
+    fun = unjitted(fun)
     shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in named_leaves(params).items()}
-    uses, reasons = _trace_uses(unjitted(fun), params, args, kwargs)
-    _refuse_shared_biases(uses, reasons)
+    notes = _trace_uses(fun, params, args, kwargs, norms)
+    _refuse_shared_biases(notes)
 
     specs = []
-    for kernel, kernel_uses in uses.items():
-        if kernel in reasons:
+    for kernel, kernel_uses in notes.uses.items():
+        if kernel in notes.reasons:
             continue
         reason = _conflict(kernel_uses)
         if reason is None:
-            specs.append(_spec(kernel, shapes[kernel], kernel_uses))
+            specs.append(_spec(kernel, shapes, kernel_uses, max_factor_size, large_factors))
         else:
-            reasons[kernel] = reason
+            notes.reasons[kernel] = reason
     order = list(shapes)
     specs.sort(key=lambda spec: order.index(spec.kernel))
+    specs = _keep_unchanged(specs, notes, fun, params, args, kwargs)
     owned = {name for spec in specs for name in (spec.kernel, spec.bias)}
-    fallback = tuple((name, reasons.get(name, NOT_FOUND)) for name in shapes if name not in owned)
+    fallback = tuple(
+        (name, notes.reasons.get(name, NOT_FOUND)) for name in shapes if name not in owned
+    )
     if not specs:
         msg = "find_layers found no supported layer: " + (
             "; ".join(f"'{name}': {reason}" for name, reason in fallback)
@@ -110,78 +135,85 @@ def find_layers(
     return Layers(tuple(specs), fallback)
 
 
-def _trace_uses(
-    fun: Callable[..., Any], params: Any, args: Any, kwargs: Any
-) -> tuple[dict[str, list[_Use]], dict[str, str]]:
+def _trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, norms: str) -> _Notes:
     """Watches an abstract call of `fun`: the uses of each kernel, and why other parameters are left."""
-    uses: dict[str, list[_Use]] = {}
-    reasons: dict[str, str] = {}
+    arrays, combine = split_arrays((args, kwargs))
 
-    def traced(params: Any, arrays: list[Any]) -> Any:
-        owner = {id(leaf): name for name, leaf in named_leaves(params).items()}
+    def watch(with_entries: bool) -> _Notes:
+        notes = _Notes({}, {})
 
-        def observe(call: ModuleCall, output: Any) -> Any:
-            names = {key: owner.get(id(leaf)) for key, leaf in call.parameters.items()}
-            if isinstance(call.layer, LayerCall):
-                _record_layer(call.layer, owner, output, uses, reasons)
-            else:
-                for name in names.values():
-                    if name is not None:
-                        reasons.setdefault(name, call.layer)
-            return output
+        def traced(params: Any, arrays: list[Any]) -> Any:
+            # Two leaves may be one tracer only outside of a trace: here each has its own.
+            leaves = {n: leaf for n, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
+            entries = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
+            routes = Routes.through(params, entries if with_entries else {})
+            args, kwargs = combine(arrays)
+            with observing(lambda call: _note(call, routes, leaves, norms, notes)):
+                return fun(routes.params, *args, **kwargs)
 
-        args, kwargs = combine(arrays)
-        with linen.intercept(observe):
-            return fun(params, *args, **kwargs)
+        jax.eval_shape(traced, params, arrays)
+        return notes
 
-    arrays, combine = _split_arrays((args, kwargs))
-    jax.eval_shape(traced, params, arrays)
-    return uses, reasons
+    try:
+        return watch(with_entries=True)
+    except Exception:
+        return watch(with_entries=False)
 
 
-def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Splits off the arrays of a tree, so that flags such as `train=True` stay Python values."""
-    leaves, treedef = jax.tree.flatten(tree)
-    array_like = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, array_like)]
-
-    def combine(arrays: list[Any]) -> Any:
-        combined = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            combined[place] = array
-        return jax.tree.unflatten(treedef, combined)
-
-    return [leaves[place] for place in places], combine
-
-
-def _record_layer(
-    layer: LayerCall,
-    owner: Mapping[int, str],
-    output: Any,
-    uses: dict[str, list[_Use]],
-    reasons: dict[str, str],
-) -> None:
-    kernel = owner.get(id(layer.kernel))
-    bias = None if layer.bias is None else owner.get(id(layer.bias))
+def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, notes: _Notes) -> Any:
+    """Notes one call: a use of its kernel, or why its parameters are left."""
+    layer = call.layer
+    if isinstance(layer, str) or (layer.kind == "norm" and norms == "fallback"):
+        for key in call.parameters:
+            match = routes.match(call, key)
+            if match is not None:
+                notes.reasons.setdefault(match.name, layer if isinstance(layer, str) else NORM)
+        return None if isinstance(layer, str) else layer.output
+    kernel, bias = routes.match_layer(call, layer)
     if kernel is None:
-        return
+        return layer.output
     if layer.bias is not None and bias is None:
-        reasons.setdefault(kernel, "the bias used with it does not stand in params")
-        return
-    dtype = jnp.promote_types(output.dtype, jnp.float32)
-    uses.setdefault(kernel, []).append(_Use(layer.kind, bias, layer.geometry, dtype))
+        notes.reasons.setdefault(kernel.name, "the bias used with it does not stand in params")
+        return layer.output
+    whole, seen = jnp.shape(leaves[kernel.name]), jnp.shape(layer.kernel)
+    stack = whole[: len(whole) - len(seen)]
+    if whole[len(stack) :] != seen:
+        reason = f"a transformation gives the layer shape {seen} of its shape {whole}: only leading axes may be mapped"
+        notes.reasons.setdefault(kernel.name, reason)
+        return layer.output
+    entry_survives = kernel.entry is not None and kernel.entry.dtype == leaves[kernel.name].dtype
+    if stack and not entry_survives:
+        reason = "its layers are stacked, and statistics cannot be told apart there"
+        notes.reasons.setdefault(kernel.name, reason)
+        return layer.output
+    dtype = jnp.promote_types(layer.output.dtype, jnp.float32)
+    use = _Use(
+        layer.kind,
+        None if bias is None else bias.name,
+        layer.layout,
+        stack,
+        layer.form,
+        dtype,
+        kernel.as_it_stands and (bias is None or bias.as_it_stands),
+        not kernel.as_it_stands and entry_survives,
+        call.name,
+    )
+    notes.uses.setdefault(kernel.name, []).append(use)
+    return layer.output
 
 
-def _refuse_shared_biases(uses: dict[str, list[_Use]], reasons: dict[str, str]) -> None:
-    pairs = dict.fromkeys((use.bias, kernel) for kernel, found in uses.items() for use in found)
+def _refuse_shared_biases(notes: _Notes) -> None:
+    pairs = dict.fromkeys(
+        (use.bias, kernel) for kernel, found in notes.uses.items() for use in found
+    )
     kernels_of = Counter(bias for bias, _ in pairs if bias is not None)
     for bias, kernel in pairs:
         if bias is not None and kernels_of[bias] > 1:
-            reasons.setdefault(kernel, f"its bias '{bias}' is used with other kernels too")
+            notes.reasons.setdefault(kernel, f"its bias '{bias}' is used with other kernels too")
 
 
 def _conflict(uses: list[_Use]) -> str | None:
-    for field in ("kind", "bias", "geometry"):
+    for field in ("kind", "bias", "stack", "layout"):
         values = {getattr(use, field) for use in uses}
         if len(values) > 1:
             return (
@@ -190,18 +222,73 @@ def _conflict(uses: list[_Use]) -> str | None:
     return None
 
 
-def _spec(kernel: str, shape: tuple[int, ...], uses: list[_Use]) -> LayerSpec:
+def _spec(
+    kernel: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    uses: list[_Use],
+    limit: int | None,
+    large: Literal["diagonal", "blocks"],
+) -> LayerSpec:
+    first = uses[0]
     parent, _, last = kernel.rpartition("/")
-    dtype = jnp.result_type(*(use.dtype for use in uses))
+    is_own = last in ("kernel", "embedding") or first.kind == "norm"
+    given = next((use.name for use in uses if use.name is not None), None)
+    phi = Structure.of_size(first.layout.d_in, limit, large)
+    if first.kind == "embed":
+        phi = Structure("diagonal", first.layout.d_in, first.layout.d_in)
     return LayerSpec(
-        name=(parent or ".") if last == "kernel" else kernel,
-        kind=uses[0].kind,
+        name=given or ((parent or ".") if is_own else kernel),
+        kind=first.kind,
         kernel=kernel,
-        bias=uses[0].bias,
-        kernel_shape=shape,
-        dtype=dtype.name,
-        geometry=uses[0].geometry,
+        bias=first.bias,
+        kernel_shape=shapes[kernel],
+        bias_shape=None if first.bias is None else shapes[first.bias],
+        dtype=jnp.result_type(*(use.dtype for use in uses)).name,
+        layout=first.layout,
+        phi=phi,
+        psi=Structure.of_size(first.layout.d_out, limit, large),
+        stack=first.stack,
+        routed=any(use.routed for use in uses),
+        geometry=first.form if isinstance(first.form, Convolution) else None,
     )
+
+
+def _keep_unchanged(
+    specs: list[LayerSpec],
+    notes: _Notes,
+    fun: Callable[..., Any],
+    params: Any,
+    args: Any,
+    kwargs: Any,
+) -> list[LayerSpec]:
+    """Leaves out the layers whose kernel is not the parameter itself."""
+    suspects = [
+        spec for spec in specs if not all(use.as_it_stands for use in notes.uses[spec.kernel])
+    ]
+    if not suspects:
+        return specs
+    reasons = check_values(fun, params, args, kwargs, suspects)
+    notes.reasons.update(reasons)
+    return [spec for spec in specs if spec.kernel not in reasons]
+
+
+def _check_options(on_unsupported: Any, norms: Any, max_factor_size: Any, large: Any) -> None:
+    for name, value, allowed in (
+        ("on_unsupported", on_unsupported, ("warn", "error", "ignore")),
+        ("norms", norms, ("fallback", "exact")),
+        ("large_factors", large, ("diagonal", "blocks")),
+    ):
+        if value not in allowed:
+            expected = ", ".join(f'"{v}"' for v in allowed[:-1]) + f' or "{allowed[-1]}"'
+            msg = f"{name}={value!r}; expected {expected}."
+            raise ValueError(msg)
+    if max_factor_size is not None and not (
+        isinstance(max_factor_size, int) and max_factor_size >= 1
+    ):
+        msg = (
+            f"max_factor_size={max_factor_size!r}; expected a whole number of at least 1, or None."
+        )
+        raise ValueError(msg)
 
 
 def _report_kernels(

@@ -17,15 +17,16 @@ class KroneckerFactors(NamedTuple):
     """A layer's Fisher block as `delta * phi (x) psi`, or the damped factors of that block.
 
     Attributes:
-      phi: the input factor; symmetric. Undamped, under the trace-restricted rule, its trace is 1.
-      psi: the output factor; likewise.
+      phi: the input factor, `(d_in, d_in)` unless the layer's spec says otherwise; symmetric. Undamped, under
+        the trace-restricted rule, its trace is 1.
+      psi: the output factor, `(d_out, d_out)`; likewise.
       delta: the coefficient. Under the trace-restricted rule it is the trace of the block, in units
         of curvature (squared derivatives of the loss).
     """
 
-    phi: Float[Array, "d_in d_in"]
-    psi: Float[Array, "d_out d_out"]
-    delta: Float[Array, ""]
+    phi: Float[Array, "..."]
+    psi: Float[Array, "..."]
+    delta: Float[Array, "*batch"]
 
 
 def kronecker_factors(statistics: LayerStatistics) -> KroneckerFactors:
@@ -43,10 +44,14 @@ def kronecker_factors(statistics: LayerStatistics) -> KroneckerFactors:
     Source: Gao et al. 2021, Eqs. (4.9) and (4.13).
     """
     trace = statistics.trace
-    safe = jnp.where(trace > 0, trace, 1)
+
+    def normalise(moment: Array) -> Array:
+        by = trace.reshape(*trace.shape, *(1,) * (moment.ndim - trace.ndim))
+        return jnp.where(by > 0, moment / jnp.where(by > 0, by, 1), 0)
+
     return KroneckerFactors(
-        jnp.where(trace > 0, statistics.input_moment / safe, 0),
-        jnp.where(trace > 0, statistics.output_moment / safe, 0),
+        normalise(statistics.input_moment),
+        normalise(statistics.output_moment),
         jnp.maximum(trace, 0),
     )
 
@@ -54,9 +59,9 @@ def kronecker_factors(statistics: LayerStatistics) -> KroneckerFactors:
 def zero_factors(spec: LayerSpec) -> KroneckerFactors:
     """The factors of a layer about which nothing is known yet."""
     return KroneckerFactors(
-        jnp.zeros((spec.d_in, spec.d_in), spec.dtype),
-        jnp.zeros((spec.d_out, spec.d_out), spec.dtype),
-        jnp.zeros((), spec.dtype),
+        jnp.zeros((*spec.batch, *spec.phi.shape), spec.dtype),
+        jnp.zeros((*spec.batch, *spec.psi.shape), spec.dtype),
+        jnp.zeros(spec.batch, spec.dtype),
     )
 
 
@@ -87,7 +92,11 @@ def average_moments(
 
 
 def _moments(factors: KroneckerFactors) -> KroneckerFactors:
-    return KroneckerFactors(factors.delta * factors.phi, factors.delta * factors.psi, factors.delta)
+    def times_delta(factor: Array) -> Array:
+        delta = factors.delta
+        return factor * delta.reshape(*delta.shape, *(1,) * (factor.ndim - delta.ndim))
+
+    return KroneckerFactors(times_delta(factors.phi), times_delta(factors.psi), factors.delta)
 
 
 def _average(old: KroneckerFactors, new: KroneckerFactors, decay: Array) -> KroneckerFactors:

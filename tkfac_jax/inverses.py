@@ -1,8 +1,9 @@
 """Inverses of symmetric positive definite matrices, in batches of equal size, and what to do when one fails."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +22,37 @@ class KroneckerInverses(NamedTuple):
     """The inverses of a layer's two damped factors, the bias's row of the first one apart.
 
     The inverse of phi is `[[phi, q], [q^T, s]]` with `bias = [q, s]`: kernel and bias are
-    preconditioned without being concatenated.
+    preconditioned without being concatenated. A layer without bias, or whose input factor is not
+    stored whole, has the inverse of phi as one array and no `bias`.
 
     Attributes:
-      phi: the kernel's rows and columns of the inverse of phi.
+      phi: the kernel's rows and columns of the inverse of phi, or all of them.
       psi: the inverse of psi.
-      bias: the bias's row of the inverse of phi, the corner last; None for a layer without bias.
+      bias: the bias's row of the inverse of phi, the corner last; or None.
     """
 
-    phi: Float[Array, "rows rows"]
-    psi: Float[Array, "d_out d_out"]
-    bias: Float[Array, " d_in"] | None
+    phi: Float[Array, "..."]
+    psi: Float[Array, "..."]
+    bias: Float[Array, "*batch d_in"] | None
 
     @classmethod
-    def from_matrices(
-        cls, phi: Float[Array, "d_in d_in"], psi: Float[Array, "d_out d_out"], has_bias: bool
-    ) -> "KroneckerInverses":
-        """Takes the inverses as whole matrices."""
-        return cls(phi[:-1, :-1], psi, phi[-1]) if has_bias else cls(phi, psi, None)
+    def from_factors(cls, spec: LayerSpec, phi: Array, psi: Array) -> "KroneckerInverses":
+        """Takes the inverses in the form of the layer's factors."""
+        if keeps_bias_apart(spec):
+            return cls(phi[..., :-1, :-1], psi, phi[..., -1, :])
+        return cls(phi, psi, None)
 
-    def phi_matrix(self) -> Float[Array, "d_in d_in"]:
-        """The inverse of phi as one matrix."""
+    def phi_matrix(self) -> Float[Array, "..."]:
+        """The inverse of phi in the form of the factor."""
         if self.bias is None:
             return self.phi
-        return jnp.block([[self.phi, self.bias[:-1, None]], [self.bias[None, :]]])
+        column, row = self.bias[..., :-1, None], self.bias[..., None, :]
+        return jnp.concatenate([jnp.concatenate([self.phi, column], -1), row], -2)
+
+
+def keeps_bias_apart(spec: LayerSpec) -> bool:
+    """Whether the bias is one row of an input factor that is stored whole."""
+    return spec.phi.kind == "full" and spec.layout.bias_rows == 1
 
 
 def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:
@@ -77,7 +85,7 @@ def invert_factors(
     old: Mapping[str, KroneckerInverses],
     layers: Mapping[str, LayerSpec],
     inverse: Inverse,
-) -> tuple[dict[str, KroneckerInverses], Int[Array, ""]]:
+) -> tuple[dict[str, KroneckerInverses], dict[str, Int[Array, ""]]]:
     """Inverts the damped factors of all layers.
 
     Args:
@@ -87,31 +95,63 @@ def invert_factors(
       inverse: inverts a stack of symmetric positive definite matrices, shape `(n, d, d)`.
 
     Returns:
-      The inverses, and how many of them failed even with more damping: there the old one stays.
+      The inverses, in the dtypes of the old ones, and for each layer how many of its matrices could not be
+      inverted even with more damping: there the old inverse stays.
     """
-    matrices = {
-        (name, which): getattr(factors[name], which) for name in old for which in ("phi", "psi")
-    }
-    groups = defaultdict(list)
-    for key, matrix in matrices.items():
-        groups[matrix.shape, matrix.dtype].append(key)
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for name in old:
+        for which in ("phi", "psi"):
+            structure, factor = getattr(layers[name], which), getattr(factors[name], which)
+            # LAPACK knows no dtype below float32.
+            factor = factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
+            place = (name, which, factor)
+            groups[structure.kind == "diagonal", structure.block, factor.dtype].append(place)
 
     inverted, succeeded = {}, {}
-    for keys in groups.values():
-        results, good = _invert_with_retries(jnp.stack([matrices[key] for key in keys]), inverse)
-        for i, key in enumerate(keys):
-            inverted[key], succeeded[key] = results[i], good[i]
-
-    new = {}
-    for name, kept in old.items():
-        candidate = KroneckerInverses.from_matrices(
-            inverted[name, "phi"], inverted[name, "psi"], layers[name].has_bias
+    for (is_diagonal, size, _), members in groups.items():
+        shape = (-1, size) if is_diagonal else (-1, size, size)
+        stacks = [factor.reshape(shape) for _, _, factor in members]
+        stack = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
+        results, good = (
+            _invert_diagonals(stack) if is_diagonal else _invert_with_retries(stack, inverse)
         )
-        phi_good, psi_good = succeeded[name, "phi"], succeeded[name, "psi"]
-        good = KroneckerInverses(phi_good, psi_good, None if kept.bias is None else phi_good)
-        new[name] = jax.tree.map(jnp.where, good, candidate, kept)
-    failures = jnp.stack([~good for good in succeeded.values()]).sum(dtype=jnp.int32)
+        start = 0
+        for (name, which, factor), own in zip(members, stacks, strict=True):
+            end = start + len(own)
+            inverted[name, which] = results[start:end].reshape(factor.shape)
+            succeeded[name, which] = good[start:end]
+            start = end
+
+    new, failures = {}, {}
+    for name, kept in old.items():
+        spec = layers[name]
+        fresh = KroneckerInverses.from_factors(spec, inverted[name, "phi"], inverted[name, "psi"])
+        good = {which: succeeded[name, which] for which in ("phi", "psi")}
+        new[name] = KroneckerInverses(
+            _replace(kept.phi, fresh.phi, good["phi"], spec.batch),
+            _replace(kept.psi, fresh.psi, good["psi"], spec.batch),
+            None
+            if kept.bias is None or fresh.bias is None
+            else _replace(kept.bias, fresh.bias, good["phi"], spec.batch),
+        )
+        failures[name] = sum((~flags).sum(dtype=jnp.int32) for flags in good.values())
     return new, failures
+
+
+def _replace(old: Array, new: Array, good: Array, batch: tuple[int, ...]) -> Array:
+    """The new inverses where they are good; matrix by matrix, or block by block."""
+    blocks = good.size // math.prod(batch)
+    flags = good.reshape(*batch, *((blocks,) if blocks > 1 else ()))
+    flags = flags.reshape(*flags.shape, *(1,) * (old.ndim - flags.ndim))
+    return jnp.where(flags, new.astype(old.dtype), old)
+
+
+def _invert_diagonals(
+    diagonals: Float[Array, "batch n"],
+) -> tuple[Float[Array, "batch n"], Bool[Array, " batch"]]:
+    """Inverts diagonal matrices; also says which ones are positive definite."""
+    inverses = 1 / diagonals
+    return inverses, (jnp.isfinite(inverses) & (inverses > 0)).all(-1)
 
 
 def _invert_with_retries(

@@ -11,21 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tkfac_jax.linen import ConvGeometry
+from tkfac_jax.matrices import Convolution, Layout
+from tkfac_jax.structures import Structure
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What is known about one layer without looking at numbers.
 
+    A layer whose kernel is several independent matrices (the layers of a stack, the groups of a
+    convolution) has as many factors, along leading axes of all its arrays: `batch`.
+
     Attributes:
       name: the layer's place in `params`, such as `"encoder/Dense_0"`.
-      kind: `"dense"` or `"conv"`.
+      kind: `"dense"`, `"conv"`, `"embed"` or `"norm"`.
       kernel: name of the kernel among the parameters, such as `"encoder/Dense_0/kernel"`.
       bias: name of the bias, or None.
-      kernel_shape: shape of the kernel, output features last.
+      kernel_shape: shape of the kernel.
+      bias_shape: shape of the bias, or None.
       dtype: name of the dtype of the layer's statistics and factors, at least float32.
-      geometry: for a convolution, how it visits its input; for a dense layer None.
+      layout: how kernel and bias are matrices.
+      phi: how the input factor is stored.
+      psi: how the output factor is stored.
+      stack: leading axes of the kernel along which layers are stacked, by their sizes; usually none.
+      routed: the kernel reaches the layer through transformations, and the layer's statistics leave
+        them through an entry next to the kernel in `params`; see `routes`.
+      geometry: for a convolution, how it visits its input; otherwise None.
     """
 
     name: str
@@ -33,8 +44,14 @@ class LayerSpec:
     kernel: str
     bias: str | None
     kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None
     dtype: str
-    geometry: ConvGeometry | None = None
+    layout: Layout
+    phi: Structure
+    psi: Structure
+    stack: tuple[int, ...] = ()
+    routed: bool = False
+    geometry: Convolution | None = None
 
     @property
     def has_bias(self) -> bool:
@@ -44,17 +61,23 @@ class LayerSpec:
     @property
     def d_in(self) -> int:
         """Rows of the kernel as a matrix, the homogeneous coordinate of a bias counted."""
-        return math.prod(self.kernel_shape[:-1]) + self.has_bias
+        return self.layout.d_in
 
     @property
     def d_out(self) -> int:
         """Columns of the kernel as a matrix."""
-        return self.kernel_shape[-1]
+        return self.layout.d_out
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Leading axes of the layer's factors; `()` for a layer that is one matrix."""
+        return (*self.stack, *self.layout.batch)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the layer's two factors and their two inverses."""
-        return 2 * (self.d_in**2 + self.d_out**2) * np.dtype(self.dtype).itemsize
+        """Memory of the layer's factors and their inverses."""
+        numbers = math.prod(self.phi.shape) + math.prod(self.psi.shape)
+        return 2 * math.prod(self.batch) * numbers * np.dtype(self.dtype).itemsize
 
 
 class Layers(Mapping[str, LayerSpec]):
@@ -117,7 +140,7 @@ class Layers(Mapping[str, LayerSpec]):
     def __str__(self) -> str:
         rows = [("layer", "kind", "d_in", "d_out", "MB")]
         rows += [
-            (s.name, s.kind, str(s.d_in), str(s.d_out), f"{s.num_bytes / 1e6:.3f}")
+            (s.name, _kind(s), str(s.phi), str(s.psi), f"{s.num_bytes / 1e6:.3f}")
             for s in self.values()
         ]
         total = sum(spec.num_bytes for spec in self.values()) / 1e6
@@ -138,6 +161,11 @@ class Layers(Mapping[str, LayerSpec]):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _kind(spec: LayerSpec) -> str:
+    """The kind of a layer, and of how many matrices it consists."""
+    return " x ".join([spec.kind, *map(str, spec.batch)])
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
@@ -180,9 +208,9 @@ def visible_layers(layers: Mapping[str, LayerSpec], tree: Any, what: str) -> lis
     masked = [name for name, leaf in leaves.items() if is_masked(leaf)]
     visible = []
     for name, spec in layers.items():
-        expected = {spec.kernel: spec.kernel_shape}
+        expected: dict[str, tuple[int, ...]] = {spec.kernel: spec.kernel_shape}
         if spec.bias is not None:
-            expected[spec.bias] = (spec.d_out,)
+            expected[spec.bias] = spec.bias_shape or ()
         hidden = [p for p in expected if any(f"{p}/".startswith(f"{m}/") or not m for m in masked)]
         for parameter in (p for p in expected if p not in hidden):
             shape = jnp.shape(leaves[parameter]) if parameter in leaves else "nothing"

@@ -7,21 +7,30 @@ needs two methods, `nll` and `sample`; any object that has them is accepted (`Li
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+
+Mask = Bool[Array, "batch *positions"] | None
 
 
 @runtime_checkable
 class Likelihood(Protocol):
     """What the library needs of a likelihood.
 
-    A likelihood whose loss is not the full negative log-likelihood (a mean over positions, say) may
-    also have `fisher_nll(outputs, targets)`: like `nll`, but scaled so that the second moment of its
-    derivatives is the Fisher that should be used. Without it, `nll` is used.
+    Three more methods are optional:
+
+    * `fisher_nll(outputs, targets)`, where the loss is not the full negative log-likelihood (but a mean over
+      positions, say): like `nll`, but scaled so that the second moment of its derivatives is the Fisher
+      that should be used. Without it, `nll` is used.
+    * `num_fisher_vectors(outputs)`, a whole number, and `fisher_vector(outputs, index)`, of the shape of the outputs:
+      vectors whose outer products, summed, are the Fisher of each example's outputs. `exact_fisher` needs them.
+
+    For masks of positions, all but `sample` take a further keyword argument `mask`.
     """
 
     def nll(self, outputs: Any, targets: Any) -> Array:
@@ -57,12 +66,14 @@ class Categorical:
         self,
         outputs: Float[Array, "batch *positions classes"],
         targets: Int[Array, "batch *positions"],
+        mask: Mask = None,
     ) -> Float[Array, " batch"]:
         """Negative log-likelihood of each example.
 
         Args:
           outputs: logits.
           targets: class indices from 0 to `classes - 1`.
+          mask: False where a position is padding.
 
         Returns:
           The sum (or mean) over positions, one number per example, in at least float32.
@@ -70,21 +81,43 @@ class Categorical:
         Raises:
           ValueError: the targets are not integers or not of the shape of the outputs without classes.
         """
-        return _loss(self._position_nll(outputs, targets), self.average_positions)
+        return _loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def fisher_nll(
         self,
         outputs: Float[Array, "batch *positions classes"],
         targets: Int[Array, "batch *positions"],
+        mask: Mask = None,
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
-        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)
+        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions classes"]
     ) -> Int[Array, "batch *positions"]:
         """Class indices drawn from the softmax of the logits."""
         return jax.random.categorical(key, outputs)
+
+    def num_fisher_vectors(self, outputs: Float[Array, "batch *positions classes"]) -> int:
+        """One vector for each position and class."""
+        return math.prod(outputs.shape[1:])
+
+    def fisher_vector(
+        self,
+        outputs: Float[Array, "batch *positions classes"],
+        index: Int[Array, ""],
+        mask: Mask = None,
+    ) -> Float[Array, "batch *positions classes"]:
+        """`sqrt(p_k) (e_k - p)` at one position; over the classes k they make `diag(p) - p p^T`."""
+        logits = _at_least_float32(outputs)
+        classes = logits.shape[-1]
+        p = jax.nn.softmax(logits)
+        chosen = jax.nn.one_hot(index % classes, classes, dtype=p.dtype)
+        vectors = jnp.sqrt(jnp.sum(p * chosen, -1, keepdims=True)) * (chosen - p)
+        here = _one_position(
+            logits.shape[:-1], index // classes, self.average_positions, mask, p.dtype
+        )
+        return (vectors * here[..., None]).astype(outputs.dtype)
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
         _check_float("Categorical", outputs)
@@ -110,13 +143,14 @@ class Bernoulli:
     average_positions: bool = False
 
     def nll(
-        self, outputs: Float[Array, "batch *positions"], targets: Array
+        self, outputs: Float[Array, "batch *positions"], targets: Array, mask: Mask = None
     ) -> Float[Array, " batch"]:
         """Negative log-likelihood of each example.
 
         Args:
           outputs: logits.
           targets: values in [0, 1], in the shape of the outputs.
+          mask: False where a position is padding.
 
         Returns:
           The sum (or mean) over positions, one number per example, in at least float32.
@@ -124,19 +158,31 @@ class Bernoulli:
         Raises:
           ValueError: outputs that are not floating point, or targets of another shape.
         """
-        return _loss(self._position_nll(outputs, targets), self.average_positions)
+        return _loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def fisher_nll(
-        self, outputs: Float[Array, "batch *positions"], targets: Array
+        self, outputs: Float[Array, "batch *positions"], targets: Array, mask: Mask = None
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
-        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)
+        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions"]
     ) -> Float[Array, "batch *positions"]:
         """Zeros and ones drawn with the sigmoid of the logits as probability."""
         return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+
+    def num_fisher_vectors(self, outputs: Float[Array, "batch *positions"]) -> int:
+        """One vector for each position."""
+        return math.prod(outputs.shape[1:])
+
+    def fisher_vector(
+        self, outputs: Float[Array, "batch *positions"], index: Int[Array, ""], mask: Mask = None
+    ) -> Float[Array, "batch *positions"]:
+        """`sqrt(p (1 - p))` at one position: the Fisher is diagonal."""
+        p = jax.nn.sigmoid(_at_least_float32(outputs))
+        here = _one_position(p.shape, index, self.average_positions, mask, p.dtype)
+        return (jnp.sqrt(p * (1 - p)) * here).astype(outputs.dtype)
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
         _check_float("Bernoulli", outputs)
@@ -168,13 +214,17 @@ class Normal:
             raise ValueError(msg)
 
     def nll(
-        self, outputs: Num[Array, "batch *positions"], targets: Num[Array, "batch *positions"]
+        self,
+        outputs: Num[Array, "batch *positions"],
+        targets: Num[Array, "batch *positions"],
+        mask: Mask = None,
     ) -> Float[Array, " batch"]:
         """Negative log-likelihood of each example, its constant included.
 
         Args:
           outputs: means.
           targets: values in the shape of the outputs.
+          mask: False where a position is padding.
 
         Returns:
           The sum (or mean) over positions, one number per example, in at least float32.
@@ -182,13 +232,16 @@ class Normal:
         Raises:
           ValueError: outputs or targets that are not floating point, or targets of another shape.
         """
-        return _loss(self._position_nll(outputs, targets), self.average_positions)
+        return _loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def fisher_nll(
-        self, outputs: Num[Array, "batch *positions"], targets: Num[Array, "batch *positions"]
+        self,
+        outputs: Num[Array, "batch *positions"],
+        targets: Num[Array, "batch *positions"],
+        mask: Mask = None,
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
-        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions)
+        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Num[Array, "batch *positions"]
@@ -197,6 +250,18 @@ class Normal:
         _check_float("Normal", outputs)
         deviation = jnp.sqrt(jnp.asarray(self.variance, outputs.dtype))
         return outputs + deviation * jax.random.normal(key, outputs.shape, outputs.dtype)
+
+    def num_fisher_vectors(self, outputs: Num[Array, "batch *positions"]) -> int:
+        """One vector for each position."""
+        return math.prod(outputs.shape[1:])
+
+    def fisher_vector(
+        self, outputs: Num[Array, "batch *positions"], index: Int[Array, ""], mask: Mask = None
+    ) -> Float[Array, "batch *positions"]:
+        """`1 / sqrt(variance)` at one position."""
+        dtype = _at_least_float32(outputs).dtype
+        here = _one_position(outputs.shape, index, self.average_positions, mask, dtype)
+        return (here / jnp.sqrt(jnp.asarray(self.variance, dtype))).astype(outputs.dtype)
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
         _check_float("Normal", outputs)
@@ -207,16 +272,131 @@ class Normal:
         return 0.5 * (squares + jnp.log(2 * math.pi * self.variance))
 
 
-def _loss(position_nll: Array, average: bool) -> Array:
+def _loss(position_nll: Array, average: bool, mask: Mask) -> Array:
     axes = tuple(range(1, position_nll.ndim))
-    return position_nll.mean(axes) if average else position_nll.sum(axes)
+    total = _masked(position_nll, mask).sum(axes)
+    return total / _num_positions(position_nll.shape, mask, total.dtype) if average else total
 
 
-def _fisher_loss(position_nll: Array, average: bool) -> Array:
-    total = _loss(position_nll, average=False)
+def _fisher_loss(position_nll: Array, average: bool, mask: Mask) -> Array:
+    total = _loss(position_nll, False, mask)
     # Positions are independent given the outputs, so derivatives scaled by 1/sqrt(positions) have
     # the mean of the positions' Fishers as their second moment.
-    return total / math.sqrt(math.prod(position_nll.shape[1:])) if average else total
+    if average:
+        return total / jnp.sqrt(_num_positions(position_nll.shape, mask, total.dtype))
+    return total
+
+
+def _masked(values: Array, mask: Mask) -> Array:
+    if mask is None:
+        return values
+    _check_shapes("position_mask", values.shape, mask.shape)
+    return jnp.where(mask, values, 0)
+
+
+def _num_positions(shape: tuple[int, ...], mask: Mask, dtype: Any) -> Array:
+    """The number of positions of each example that are not padding, at least 1."""
+    if mask is None:
+        return jnp.asarray(max(math.prod(shape[1:]), 1), dtype)
+    counted = jnp.asarray(mask, bool).sum(tuple(range(1, len(shape))))
+    return jnp.maximum(counted, 1).astype(dtype)
+
+
+def _one_position(
+    shape: tuple[int, ...], index: Array, average: bool, mask: Mask, dtype: Any
+) -> Array:
+    """1 at one position of each example and 0 elsewhere; scaled, for averaged positions, as their Fisher asks."""
+    here = jax.nn.one_hot(index, math.prod(shape[1:]), dtype=dtype).reshape(1, *shape[1:])
+    here = _masked(jnp.broadcast_to(here, shape), mask)
+    if not average:
+        return here
+    scale = jnp.sqrt(_num_positions(shape, mask, dtype))
+    return here / scale.reshape(-1, *(1,) * (len(shape) - 1))
+
+
+class Joint:
+    """Several likelihoods of one model, by name: independent given the outputs, so that their losses add up."""
+
+    def __init__(self, likelihoods: Mapping[str, Any]):
+        """Takes the likelihoods by the names that outputs and targets have, too."""
+        self._likelihoods = dict(likelihoods)
+
+    def nll(self, outputs: Any, targets: Any, mask: Any = None) -> Array:
+        """The sum of the losses, `(batch,)`."""
+        return self._sum("nll", outputs, targets, mask)
+
+    def fisher_nll(self, outputs: Any, targets: Any, mask: Any = None) -> Array:
+        """The loss whose derivatives make the Fisher; see `Likelihood`."""
+        return self._sum("fisher_nll", outputs, targets, mask)
+
+    def sample(self, key: Any, outputs: Any) -> Any:
+        """Targets for each of the outputs, drawn independently."""
+        self._check("outputs", outputs)
+        keys = jax.random.split(key, len(self._likelihoods))
+        return {
+            name: likelihood.sample(own, outputs[name])
+            for own, (name, likelihood) in zip(keys, self._likelihoods.items(), strict=True)
+        }
+
+    def num_fisher_vectors(self, outputs: Any) -> int:
+        """The vectors of all likelihoods, one after the other."""
+        self._check("outputs", outputs)
+        return sum(own.num_fisher_vectors(outputs[n]) for n, own in self._likelihoods.items())
+
+    def fisher_vector(self, outputs: Any, index: Array, mask: Any = None) -> Any:
+        """One of the vectors: zero on the outputs of all likelihoods but its own."""
+        first, vectors = 0, dict(outputs)
+        for name, likelihood in self._likelihoods.items():
+            count = likelihood.num_fisher_vectors(outputs[name])
+            own = (index >= first) & (index < first + count)
+            vector = likelihood.fisher_vector(
+                outputs[name], jnp.clip(index - first, 0, count - 1), **_mask_of(mask, name)
+            )
+            vectors[name] = jnp.where(own, vector, 0)
+            first += count
+        return vectors
+
+    def _sum(self, method: str, outputs: Any, targets: Any, mask: Any) -> Array:
+        self._check("outputs", outputs)
+        self._check("targets", targets)
+        losses = [
+            getattr(likelihood, method, likelihood.nll)(
+                outputs[name], targets[name], **_mask_of(mask, name)
+            )
+            for name, likelihood in self._likelihoods.items()
+        ]
+        return jnp.sum(jnp.stack(losses), axis=0)
+
+    def _check(self, what: str, tree: Any) -> None:
+        names = sorted(self._likelihoods)
+        if not isinstance(tree, Mapping) or sorted(tree) != names:
+            received = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+            msg = f"the likelihoods are a mapping with the keys {names}; the {what} are {received}."
+            raise ValueError(msg)
+
+
+def _mask_of(mask: Any, name: str) -> dict[str, Any]:
+    if isinstance(mask, Mapping):
+        mask = mask.get(name)
+    return {} if mask is None else {"mask": mask}
+
+
+def as_likelihood(likelihood: Any) -> Any:
+    """A mapping of likelihoods as one likelihood; any other likelihood as it is.
+
+    Raises:
+      ValueError: it lacks `nll` or `sample`.
+    """
+    joint = likelihood if isinstance(likelihood, Mapping) else {"": likelihood}
+    for name, one in joint.items():
+        if not isinstance(one, Likelihood) or not joint:
+            where = f" under {name!r}" if name else ""
+            msg = (
+                f"the likelihood{where} is {one!r}; expected an object with nll(outputs, targets) and "
+                "sample(key, outputs)."
+            )
+            raise ValueError(msg)
+    return Joint(likelihood) if isinstance(likelihood, Mapping) else likelihood
 
 
 def _at_least_float32(outputs: Array) -> Array:

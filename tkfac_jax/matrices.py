@@ -1,107 +1,376 @@
 """Kernels, inputs and output gradients as matrices.
 
-A kernel is the matrix `kernel.reshape(-1, d_out)`, a bias its last row. The input of a layer is,
-per example and location, the row that this matrix multiplies: `[a, 1]` with a bias. For a
-convolution the row is the patch that a location sees, ordered as the kernel is.
+Every layer is one or more products `rows @ matrix`. `Layout` says how a kernel is those matrices, with
+a bias as further rows; a form (`Contraction`, `Convolution`, `Lookup`, `Attend`, `Scaling`) says which
+rows one call multiplied. So the gradient of the matrix is, per example, `sum_i a_i g_i^T` over the
+locations i, where `a_i` is an input row and `g_i` the derivative with respect to the output row.
 """
 
+import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from tkfac_jax.layers import LayerSpec
-from tkfac_jax.linen import ConvGeometry
+from tkfac_jax.structures import Structure, moment
+
+Padding = str | tuple[tuple[int, int], ...]
+Axes = tuple[int, ...]
 
 
-def input_rows(spec: LayerSpec, inputs: Array) -> Float[Array, "batch locations d_in"]:
-    """The inputs of a layer as rows, one per example and location.
+class Layout(NamedTuple):
+    """How a kernel is a matrix, or a batch of independent matrices (the groups of a convolution).
 
-    Args:
-      spec: the layer.
-      inputs: the input of one call, `(batch, ..., features)`; without a batch axis, one example.
-
-    Returns:
-      The rows in the dtype of the layer's statistics, the homogeneous coordinate 1 last if the
-      layer has a bias.
+    Attributes:
+      shape: the kernel is first reshaped to this.
+      blocks: axes of `shape` along which the matrices are independent; usually none.
+      inputs: axes that make the rows of a matrix.
+      outputs: axes that make its columns.
+      bias: axes that the bias has, in its own order; empty if there is none.
+      bias_rows: rows that the bias adds beneath the kernel's: 1, or one per feature for a norm's bias.
     """
-    inputs = inputs.astype(spec.dtype)
-    if spec.geometry is not None:
-        inputs = _patches(inputs, spec.geometry)
-        event_axes = 3
-    else:
-        event_axes = 1
-    rows = _as_rows(inputs, event_axes)
-    if spec.has_bias:
-        rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
-    return rows
 
+    shape: tuple[int, ...]
+    blocks: Axes
+    inputs: Axes
+    outputs: Axes
+    bias: Axes = ()
+    bias_rows: int = 0
 
-def gradient_rows(spec: LayerSpec, gradients: Array) -> Float[Array, "batch locations d_out"]:
-    """The derivatives with respect to a layer's output as rows, one per example and location.
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix that come from the kernel."""
+        return math.prod(self.shape[axis] for axis in self.inputs)
 
-    Args:
-      spec: the layer.
-      gradients: the derivatives, in the shape of the output of the call.
+    @property
+    def d_in(self) -> int:
+        """Rows of a matrix, those of the bias counted."""
+        return self.rows + self.bias_rows
 
-    Returns:
-      The rows in the dtype of the layer's statistics.
-    """
-    return _as_rows(gradients.astype(spec.dtype), 1 if spec.geometry is None else 3)
+    @property
+    def d_out(self) -> int:
+        """Columns of a matrix."""
+        return math.prod(self.shape[axis] for axis in self.outputs)
 
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """`()`, or the number of independent matrices."""
+        return (math.prod(self.shape[axis] for axis in self.blocks),) if self.blocks else ()
 
-def _as_rows(array: Array, event_axes: int) -> Array:
-    """Merges all axes between the first and the last; without a batch axis there is one example."""
-    if array.ndim <= event_axes:
-        array = array[None]
-    return array.reshape(array.shape[0], -1, array.shape[-1])
+    def kernel_to_matrix(self, kernel: Array, stack: int = 0) -> Float[Array, "*batch rows d_out"]:
+        """The kernel as matrices; its first `stack` axes stay in front."""
+        lead = kernel.shape[:stack]
+        order = (*self.blocks, *self.inputs, *self.outputs)
+        split = kernel.reshape(*lead, *self.shape)
+        return _permute(split, order, stack).reshape(*lead, *self.batch, self.rows, self.d_out)
 
+    def matrix_to_kernel(self, matrix: Array, shape: tuple[int, ...], stack: int = 0) -> Array:
+        """The inverse of `kernel_to_matrix`, for a kernel of that shape."""
+        lead = matrix.shape[:stack]
+        order = (*self.blocks, *self.inputs, *self.outputs)
+        split = matrix.reshape(*lead, *(self.shape[axis] for axis in order))
+        return _permute(split, _inverse(order), stack).reshape(shape)
 
-def _patches(images: Array, geometry: ConvGeometry) -> Array:
-    """The patch that each output location sees: `(..., height, width, taps * channels)`.
-
-    Slices of the padded image, one per tap of the kernel: exact copies in the order of the kernel,
-    where `lax.conv_general_dilated_patches` multiplies at the default precision and orders by channel.
-    """
-    padded = _pad(images, geometry)
-    spans = [(w - 1) * d + 1 for w, d in zip(geometry.window, geometry.dilation, strict=True)]
-    height, width = (
-        (size - span) // stride + 1
-        for size, span, stride in zip(padded.shape[-3:-1], spans, geometry.strides, strict=True)
-    )
-    (stride_h, stride_w), (dilation_h, dilation_w) = geometry.strides, geometry.dilation
-    taps = [
-        padded[
-            ...,
-            i * dilation_h : i * dilation_h + (height - 1) * stride_h + 1 : stride_h,
-            j * dilation_w : j * dilation_w + (width - 1) * stride_w + 1 : stride_w,
-            :,
-        ]
-        for i in range(geometry.window[0])
-        for j in range(geometry.window[1])
-    ]
-    return jnp.concatenate(taps, axis=-1)
-
-
-def _pad(images: Array, geometry: ConvGeometry) -> Array:
-    spans = [(w - 1) * d + 1 for w, d in zip(geometry.window, geometry.dilation, strict=True)]
-    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(str(geometry.padding), "constant")
-    if not isinstance(geometry.padding, str):
-        pads = list(geometry.padding)
-    elif mode != "constant":
-        pads = [((span - 1) // 2, span // 2) for span in spans]
-    else:
-        pads = jax.lax.padtype_to_pads(
-            images.shape[-3:-1], spans, geometry.strides, geometry.padding
+    def bias_to_matrix(self, bias: Array, stack: int = 0) -> Float[Array, "*batch bias_rows d_out"]:
+        """The bias as the last rows of the matrices."""
+        lead = bias.shape[:stack]
+        split = bias.reshape(*lead, *(self.shape[axis] for axis in self.bias))
+        return _permute(split, self._bias_order, stack).reshape(
+            *lead, *self.batch, self.bias_rows, self.d_out
         )
-    widths = [(0, 0)] * (images.ndim - 3) + [(int(lo), int(hi)) for lo, hi in pads] + [(0, 0)]
-    if mode != "constant":
-        return jnp.pad(images, widths, mode=mode)
-    # lax.pad also takes the negative padding that lax.conv_general_dilated allows.
-    return jax.lax.pad(images, jnp.zeros((), images.dtype), [(*width, 0) for width in widths])
+
+    def matrix_to_bias(self, matrix: Array, shape: tuple[int, ...], stack: int = 0) -> Array:
+        """The inverse of `bias_to_matrix`, for a bias of that shape."""
+        lead = matrix.shape[:stack]
+        sizes = [self.shape[axis] for axis in self.bias]
+        split = matrix.reshape(*lead, *(sizes[i] for i in self._bias_order))
+        return _permute(split, _inverse(self._bias_order), stack).reshape(shape)
+
+    @property
+    def _bias_order(self) -> Axes:
+        if self.bias_rows != 1:
+            return tuple(range(len(self.bias)))
+        return tuple(self.bias.index(axis) for axis in (*self.blocks, *self.outputs))
 
 
-def patch_bytes(spec: LayerSpec, gradients: Array) -> int:
-    """Bytes of one example's input rows, for a convolution with output gradients `(batch, ..., features)`."""
-    return math.prod(gradients.shape[1:-1]) * spec.d_in * jnp.dtype(spec.dtype).itemsize
+def _permute(array: Array, order: Axes, stack: int) -> Array:
+    """Permutes the axes after the first `stack` ones."""
+    return array.transpose(*range(stack), *(stack + axis for axis in order))
+
+
+def _inverse(order: Axes) -> Axes:
+    return tuple(order.index(axis) for axis in range(len(order)))
+
+
+class TokenRows(NamedTuple):
+    """Rows that are zero almost everywhere, such as one-hot vectors, by the squares of their entries.
+
+    Attributes:
+      tokens: places of the entries; a place may occur several times, its squares then add up.
+      squares: squares of the entries.
+      size: length of a row.
+    """
+
+    tokens: Int[Array, "batch locations entries"]
+    squares: Float[Array, "batch locations entries"]
+    size: int
+
+
+Rows = Array | TokenRows
+
+
+def squared_norms(rows: Rows) -> Float[Array, "*blocks batch locations"]:
+    """The squared length of each row."""
+    if isinstance(rows, TokenRows):
+        return rows.squares.sum(-1)
+    return jnp.sum(rows * rows, axis=-1)
+
+
+def rows_moment(
+    structure: Structure,
+    rows: Rows,
+    weights: Float[Array, "*blocks batch locations"],
+    precision: jax.lax.PrecisionLike,
+) -> Array:
+    """The weighted second moment of rows, summed over examples and locations; see `structures.moment`."""
+    if isinstance(rows, TokenRows):
+        # The second moment of one-hot vectors is diagonal: the weighted counts of the tokens.
+        weighted = rows.squares * weights[..., None]
+        return jnp.zeros(rows.size, weighted.dtype).at[rows.tokens].add(weighted)
+    flat = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
+    return moment(structure, flat, weights.reshape(*flat.shape[:-1]), precision)
+
+
+def reduce_locations(
+    inputs: Rows, gradients: Array, weights: Float[Array, "batch locations"] | None
+) -> tuple[Rows, Array]:
+    """One location for each example: the mean of its input rows and the sum of its gradient rows.
+
+    Args:
+      inputs: input rows.
+      gradients: gradient rows.
+      weights: 0 where a location is padding; None: all count.
+    """
+    present = None if weights is None else (weights > 0).astype(weights.dtype)
+    if present is not None:
+        gradients = gradients * present[..., None]
+    return _mean_row(inputs, present), gradients.sum(axis=-2, keepdims=True)
+
+
+def _mean_row(rows: Rows, present: Array | None) -> Rows:
+    if isinstance(rows, TokenRows):
+        tokens = rows.tokens[..., 0]
+        share = jnp.ones_like(rows.squares[..., 0]) if present is None else present
+        share = share / jnp.maximum(share.sum(-1, keepdims=True), 1)
+        # The mean of one-hot vectors has, at a token, its share of the locations.
+        same = (tokens[:, :, None] == tokens[:, None, :]).astype(share.dtype)
+        squares = share * jnp.einsum("nij,nj->ni", same, share)
+        return TokenRows(tokens[:, None], squares[:, None], rows.size)
+    if present is None:
+        return rows.mean(axis=-2, keepdims=True)
+    share = present / jnp.maximum(present.sum(-1, keepdims=True), 1)
+    return jnp.sum(rows * share[..., None], axis=-2, keepdims=True)
+
+
+class Contraction(NamedTuple):
+    """A product over some axes of the input: Dense, DenseGeneral, Einsum.
+
+    All axes are counted from the front. The axes that are neither features nor blocks are examples (the
+    first) and locations (the others), in the order of `input_rest`.
+    """
+
+    input_blocks: Axes
+    input_rest: Axes
+    input_features: Axes
+    output_blocks: Axes
+    output_rest: Axes
+    output_features: Axes
+
+    @classmethod
+    def last_axis(cls, ndim: int) -> "Contraction":
+        """The product over the last axis, as of a Dense layer."""
+        rest, last = tuple(range(ndim - 1)), (ndim - 1,)
+        return cls((), rest, last, (), rest, last)
+
+    def rows(
+        self, inputs: Array, gradients: Array, has_bias: bool
+    ) -> tuple[Float[Array, "*blocks batch locations d_in"], Array]:
+        """The input rows and the gradient rows of a call."""
+        rows = _as_rows(inputs, self.input_blocks, self.input_rest, self.input_features)
+        return _with_one(rows, has_bias), _as_rows(
+            gradients, self.output_blocks, self.output_rest, self.output_features
+        )
+
+
+def _as_rows(array: Array, blocks: Axes, rest: Axes, features: Axes) -> Array:
+    shape = array.shape
+    lead = (math.prod(shape[axis] for axis in blocks),) if blocks else ()
+    batch = shape[rest[0]] if rest else 1
+    width = math.prod(shape[axis] for axis in features)
+    return array.transpose(*blocks, *rest, *features).reshape(*lead, batch, -1, width)
+
+
+def _with_one(rows: Array, has_bias: bool) -> Array:
+    if not has_bias:
+        return rows
+    return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
+
+
+class Convolution(NamedTuple):
+    """How a convolution visits its input, over any number of spatial axes.
+
+    Attributes:
+      window: spatial size of the kernel.
+      strides: steps of the window, per spatial axis.
+      dilation: distance between the taps of the kernel, per spatial axis.
+      padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"`, or explicit `(low, high)` pairs.
+      input_dilation: distance between the input's elements, per spatial axis: the stride of a
+        transposed convolution.
+      groups: the channels are split into so many independent groups.
+      flipped: the taps of the kernel are in reverse order, as in the transpose of a convolution.
+    """
+
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Padding
+    input_dilation: tuple[int, ...]
+    groups: int = 1
+    flipped: bool = False
+
+    def rows(
+        self, inputs: Array, gradients: Array, has_bias: bool
+    ) -> tuple[Float[Array, "*blocks batch locations d_in"], Array]:
+        """The input rows (the patches, ordered as the kernel is) and the gradient rows of a call."""
+        event_axes = len(self.window) + 1
+        batch = inputs.shape[0] if inputs.ndim > event_axes else 1
+        patches = self._patches(inputs.reshape(-1, *inputs.shape[-event_axes:]))
+        gradients = gradients.reshape(batch, -1, gradients.shape[-1])
+        if self.groups == 1:
+            rows = patches.reshape(*gradients.shape[:2], -1)
+            return _with_one(rows, has_bias), gradients
+        shape = (*gradients.shape[:2], -1, self.groups, inputs.shape[-1] // self.groups)
+        grouped = jnp.moveaxis(patches.reshape(shape), 3, 0)
+        rows = grouped.reshape(*grouped.shape[:3], -1)
+        by_group = gradients.reshape(*gradients.shape[:2], self.groups, -1)
+        return _with_one(rows, has_bias), jnp.moveaxis(by_group, 2, 0)
+
+    def patch_bytes(self, channels: int, gradients: Array) -> int:
+        """Bytes of one example's input rows, for gradients `(..., *spatial, features)`."""
+        locations = math.prod(gradients.shape[-1 - len(self.window) : -1])
+        return locations * math.prod(self.window) * channels * gradients.dtype.itemsize
+
+    def _patches(self, images: Array) -> Float[Array, "batch *locations values"]:
+        """What each output location sees.
+
+        Slices of the padded image, one per tap of the kernel: exact copies in the order of the
+        kernel, where `lax.conv_general_dilated_patches` multiplies at the default precision and
+        orders by channel.
+        """
+        padded = self._pad(images)
+        counts = [
+            (size - span) // stride + 1
+            for size, span, stride in zip(
+                padded.shape[1:-1], self._spans, self.strides, strict=True
+            )
+        ]
+        taps = []
+        for tap in itertools.product(*map(range, self.window)):
+            slices = [
+                slice(i * dilation, i * dilation + (count - 1) * stride + 1, stride)
+                for i, dilation, count, stride in zip(
+                    tap, self.dilation, counts, self.strides, strict=True
+                )
+            ]
+            taps.append(padded[:, *slices])
+        if self.flipped:
+            taps.reverse()
+        return jnp.concatenate(taps, axis=-1)
+
+    def _pad(self, images: Array) -> Array:
+        spans, sizes = self._spans, images.shape[1:-1]
+        mode = {"CIRCULAR": "wrap", "REFLECT": "reflect"}.get(str(self.padding), "constant")
+        if not isinstance(self.padding, str):
+            pads = list(self.padding)
+        elif mode != "constant":
+            pads = [((span - 1) // 2, span // 2) for span in spans]
+        elif self.padding == "CAUSAL":
+            pads = [(span - 1, 0) for span in spans]
+        else:
+            pads = jax.lax.padtype_to_pads(sizes, spans, self.strides, self.padding)
+        if mode != "constant":
+            widths = [(0, 0), *((int(low), int(high)) for low, high in pads), (0, 0)]
+            return jnp.pad(images, widths, mode=mode)
+        # lax.pad also takes the negative padding that lax.conv_general_dilated allows.
+        configuration = [
+            (int(low), int(high), gap - 1)
+            for (low, high), gap in zip(pads, self.input_dilation, strict=True)
+        ]
+        zero = jnp.zeros((), images.dtype)
+        return jax.lax.pad(images, zero, [(0, 0, 0), *configuration, (0, 0, 0)])
+
+    @property
+    def _spans(self) -> list[int]:
+        return [(w - 1) * d + 1 for w, d in zip(self.window, self.dilation, strict=True)]
+
+
+class Lookup(NamedTuple):
+    """Rows of a table, looked up by tokens: the product with one-hot vectors that are never made.
+
+    Attributes:
+      size: rows of the table.
+    """
+
+    size: int
+
+    def rows(self, inputs: Array, gradients: Array, has_bias: bool) -> tuple[TokenRows, Array]:
+        """The one-hot input rows and the gradient rows of a call."""
+        del has_bias
+        gradients = gradients.reshape(
+            gradients.shape[0] if inputs.ndim else 1, -1, gradients.shape[-1]
+        )
+        tokens = inputs.reshape(*gradients.shape[:2], 1)
+        return TokenRows(tokens, jnp.ones(tokens.shape, gradients.dtype), self.size), gradients
+
+
+class Attend(NamedTuple):
+    """The product with a table's transpose, as of tied embeddings: the roles of the two rows are swapped."""
+
+    def rows(self, inputs: Array, gradients: Array, has_bias: bool) -> tuple[Array, Array]:
+        """The gradients, on the side of the table's rows, and the inputs, on that of its columns."""
+        rows, columns = Contraction.last_axis(inputs.ndim).rows(inputs, gradients, has_bias)
+        return columns, rows
+
+
+class Scaling(NamedTuple):
+    """The scale and bias of a norm, elementwise on its last axis: one exact block of both.
+
+    Attributes:
+      scaled: there is a scale.
+      shifted: there is a bias.
+    """
+
+    scaled: bool
+    shifted: bool
+
+    def rows(self, inputs: Array, gradients: Array, has_bias: bool) -> tuple[Array, Array]:
+        """Per example the gradient of scale and bias; and the single number 1.
+
+        Args:
+          inputs: the normalised input, before scale and bias.
+          gradients: derivatives with respect to the norm's output.
+          has_bias: not used.
+        """
+        del has_bias
+        flat = gradients.reshape(
+            gradients.shape[0] if gradients.ndim > 1 else 1, -1, gradients.shape[-1]
+        )
+        parts = [jnp.sum(flat * inputs.reshape(flat.shape), axis=1)] if self.scaled else []
+        parts += [flat.sum(axis=1)] if self.shifted else []
+        rows = jnp.concatenate(parts, axis=-1)[:, None]
+        return rows, jnp.ones_like(rows[..., :1])
+
+
+Form = Contraction | Convolution | Lookup | Attend | Scaling

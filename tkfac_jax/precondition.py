@@ -5,39 +5,54 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, is_masked, parameter_name
+from tkfac_jax.structures import multiply
 
 
 def precondition_kernel(
-    inverses: KroneckerInverses,
-    kernel: Float[Array, "*window features d_out"],
-    bias: Float[Array, " d_out"] | None,
-) -> tuple[Float[Array, "*window features d_out"], Float[Array, " d_out"] | None]:
+    spec: LayerSpec, inverses: KroneckerInverses, kernel: Array, bias: Array | None
+) -> tuple[Array, Array | None]:
     """The natural gradient of one layer: `Phi^-1 W Psi^-1`, the bias as last row of `W`.
 
     Args:
+      spec: the layer.
       inverses: the inverses of the layer's damped factors.
       kernel: gradient of the kernel.
       bias: gradient of the bias, or None.
 
     Returns:
-      The preconditioned gradients, in the dtypes of the gradients.
+      The preconditioned gradients, in the shapes and dtypes of the gradients.
 
     Source: Gao et al. 2021, Algorithm 1.
     """
-    dtype = inverses.psi.dtype
-    matrix = kernel.reshape(-1, kernel.shape[-1]).astype(dtype)
-    if bias is None or inverses.bias is None:
-        rows = inverses.phi @ matrix @ inverses.psi
-        return rows.reshape(kernel.shape).astype(kernel.dtype), None
-    coupling, corner = inverses.bias[:-1], inverses.bias[-1]
-    row = bias.astype(dtype)
-    rows = (inverses.phi @ matrix + coupling[:, None] * row[None, :]) @ inverses.psi
-    last = (coupling @ matrix + corner * row) @ inverses.psi
-    return rows.reshape(kernel.shape).astype(kernel.dtype), last.astype(bias.dtype)
+    layout, stack = spec.layout, len(spec.stack)
+    # Inverses may be stored in low precision; products are not computed in it.
+    dtype = jnp.promote_types(inverses.psi.dtype, jnp.float32)
+    phi, psi = inverses.phi.astype(dtype), inverses.psi.astype(dtype)
+    matrix = layout.kernel_to_matrix(kernel, stack).astype(dtype)
+
+    def times_psi(rows: Array) -> Array:
+        if spec.psi.kind == "full":
+            return rows @ psi
+        return multiply(spec.psi, psi, rows.mT).mT
+
+    if bias is None:
+        rows = times_psi(multiply(spec.phi, phi, matrix))
+        return layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype), None
+    last = layout.bias_to_matrix(bias, stack).astype(dtype)
+    if inverses.bias is None:
+        whole = times_psi(multiply(spec.phi, phi, jnp.concatenate([matrix, last], -2)))
+        rows, last = whole[..., : layout.rows, :], whole[..., layout.rows :, :]
+    else:
+        coupling = inverses.bias[..., None, :-1].astype(dtype)
+        corner = inverses.bias[..., None, -1:].astype(dtype)
+        rows = times_psi(phi @ matrix + coupling.mT * last)
+        last = times_psi(coupling @ matrix + corner * last)
+    kernel_step = layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype)
+    return kernel_step, layout.matrix_to_bias(last, bias.shape, stack).astype(bias.dtype)
 
 
 def precondition(
@@ -65,7 +80,7 @@ def precondition(
     for name, inverse in inverses.items():
         spec = layers[name]
         bias = None if spec.bias is None else leaves[spec.bias]
-        kernel_step, bias_step = precondition_kernel(inverse, leaves[spec.kernel], bias)
+        kernel_step, bias_step = precondition_kernel(spec, inverse, leaves[spec.kernel], bias)
         steps[spec.kernel] = kernel_step
         if spec.bias is not None and bias_step is not None:
             steps[spec.bias] = bias_step

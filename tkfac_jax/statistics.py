@@ -3,18 +3,19 @@
 The functions here build other functions, once, from a model's `predict`, a likelihood and the
 layers. What they return is pure: it can be jitted, mapped, and called inside `lax.cond`. All of
 them pull derivatives of the outputs back through the tagged model (see `capture`); they differ in
-where the targets come from, and so in which derivatives they pull back.
+which derivatives they pull back (see `estimators`).
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from tkfac_jax.capture import (
+    Counting,
     LayerStatistics,
+    Options,
     Rule,
     Sharing,
     tagging,
@@ -22,11 +23,23 @@ from tkfac_jax.capture import (
     zero_slots,
 )
 from tkfac_jax.discovery import unjitted
+from tkfac_jax.estimators import (
+    Batch,
+    Estimate,
+    Estimator,
+    empirical_estimate,
+    exact_estimate,
+    nll_of,
+    sampled_estimate,
+)
 from tkfac_jax.layers import Layers, visible_layers
-from tkfac_jax.likelihoods import Likelihood
+from tkfac_jax.likelihoods import Likelihood, as_likelihood
 
 Statistics = dict[str, LayerStatistics]
-Estimator = Literal["sampled", "empirical"]
+Likelihoods = Likelihood | Mapping[str, Likelihood]
+Sharings = Sharing | Mapping[str, Sharing]
+Precision = jax.lax.PrecisionLike
+HIGHEST = jax.lax.Precision.HIGHEST
 
 MISSING_KEY = (
     "the sampled Fisher draws targets from the model and needs a key: pass key=jax.random.key(...), "
@@ -37,12 +50,13 @@ MISSING_TARGETS = "the empirical Fisher takes the data's targets: pass targets=.
 
 def sampled_fisher(
     predict: Callable[..., Any],
-    likelihood: Likelihood,
+    likelihood: Likelihoods,
     layers: Layers,
     *,
     num_samples: int = 1,
-    sharing: Sharing = "expand",
+    sharing: Sharings = "expand",
     rule: Rule = trace_restricted,
+    precision: Precision = HIGHEST,
     has_aux: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., Statistics]:
@@ -53,21 +67,28 @@ def sampled_fisher(
 
     Args:
       predict: the model, `predict(params, *args, **kwargs) -> outputs`, as given to `find_layers`.
-      likelihood: what the outputs mean.
+      likelihood: what the outputs mean. For several outputs a mapping, with outputs and targets under the
+        same keys; the loss is then the sum.
       layers: the layers to gather statistics for.
       num_samples: targets drawn per example; the statistics are averaged over them.
       sharing: several locations of one example (of an image, of a sequence): `"expand"` counts each
         as an observation of its own, as Eq. (4.13); `"reduce"` first averages the inputs and sums
-        the gradients over them.
+        the gradients over them, and wants the examples on the first axis of every layer's input. A mapping
+        says it for each layer by name; layers that it leaves out are expanded.
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`; `aux` is dropped.
       axis_name: mapped axis (of `jax.pmap`, `jax.vmap`, or `jax.shard_map` with `check_vma=False`) over
         which the statistics are averaged.
 
     Returns:
-      `fisher(params, *args, key, **kwargs)`: the statistics, a dictionary from a layer's name to its
-      `LayerStatistics`, means over the examples. The statistics of equal micro-batches average to
-      those of the whole batch.
+      `fisher(params, *args, key, position_mask=None, example_weights=None, **kwargs)`: the statistics, a
+      dictionary from a layer's name to its `LayerStatistics`, means over the examples. The statistics of
+      equal micro-batches average to those of the whole batch.
+
+      `position_mask`, `(batch, *positions)`, is False where a position of an example is padding: it then counts
+      neither in the likelihood nor in a layer with as many locations. `example_weights`, `(batch,)`, is what
+      each example's loss is multiplied by; the mean stays one over the number of examples.
 
     Raises:
       ValueError: an option is wrong; when called: `key` is missing, or a layer is not applied.
@@ -84,29 +105,35 @@ def sampled_fisher(
       >>> statistics["."].input_moment.shape, statistics["."].output_moment.shape
       ((3, 3), (2, 2))
     """
-    _check_options(sharing, rule)
-    if not (isinstance(num_samples, int) and num_samples >= 1):
-        msg = f"num_samples={num_samples!r}; expected a whole number of at least 1."
-        raise ValueError(msg)
-    model = _Tagged(unjitted(predict), layers, rule, sharing, has_aux)
+    _check_num_samples(num_samples)
+    model = _Tagged.build(predict, layers, Options(rule, sharing, precision), has_aux)
+    likelihood = as_likelihood(likelihood)
 
-    def fisher(params: Any, *args: Any, key: Any = None, **kwargs: Any) -> Statistics:
+    def fisher(
+        params: Any,
+        *args: Any,
+        key: Any = None,
+        position_mask: Any = None,
+        example_weights: Any = None,
+        **kwargs: Any,
+    ) -> Statistics:
         if key is None:
             raise ValueError(MISSING_KEY)
-        outputs, pull_back = model.linearize(params, args, kwargs)
-        statistics = _sampled(likelihood, outputs, pull_back, key, num_samples, axis_name)
-        return _average(statistics, axis_name)
+        batch = Batch(position_mask, example_weights)
+        estimate = sampled_estimate(likelihood, batch, key, num_samples, axis_name)
+        return model.statistics(estimate, batch, axis_name, params, args, kwargs)
 
     return fisher
 
 
 def empirical_fisher(
     predict: Callable[..., Any],
-    likelihood: Likelihood,
+    likelihood: Likelihoods,
     layers: Layers,
     *,
-    sharing: Sharing = "expand",
+    sharing: Sharings = "expand",
     rule: Rule = trace_restricted,
+    precision: Precision = HIGHEST,
     has_aux: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., Statistics]:
@@ -117,41 +144,115 @@ def empirical_fisher(
 
     Args:
       predict: the model, `predict(params, *args, **kwargs) -> outputs`, as given to `find_layers`.
-      likelihood: what the outputs mean.
+      likelihood: what the outputs mean, or a mapping; see `sampled_fisher`.
       layers: the layers to gather statistics for.
       sharing: see `sampled_fisher`.
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`; `aux` is dropped.
-      axis_name: mapped axis (of `jax.pmap`, `jax.vmap`, or `jax.shard_map` with `check_vma=False`) over
-        which the statistics are averaged.
+      axis_name: mapped axis over which the statistics are averaged; see `sampled_fisher`.
 
     Returns:
-      `fisher(params, *args, targets, **kwargs)`: the statistics; see `sampled_fisher`.
+      `fisher(params, *args, targets, position_mask=None, example_weights=None, **kwargs)`: the statistics;
+      see `sampled_fisher`.
 
     Raises:
       ValueError: an option is wrong; when called: `targets` is missing, or a layer is not applied.
     """
-    _check_options(sharing, rule)
-    model = _Tagged(unjitted(predict), layers, rule, sharing, has_aux)
+    model = _Tagged.build(predict, layers, Options(rule, sharing, precision), has_aux)
+    likelihood = as_likelihood(likelihood)
 
-    def fisher(params: Any, *args: Any, targets: Any = None, **kwargs: Any) -> Statistics:
+    def fisher(
+        params: Any,
+        *args: Any,
+        targets: Any = None,
+        position_mask: Any = None,
+        example_weights: Any = None,
+        **kwargs: Any,
+    ) -> Statistics:
         if targets is None:
             raise ValueError(MISSING_TARGETS)
-        outputs, pull_back = model.linearize(params, args, kwargs)
-        return _average(_with_targets(likelihood, outputs, pull_back, targets), axis_name)
+        batch = Batch(position_mask, example_weights)
+        estimate = empirical_estimate(likelihood, batch, targets)
+        return model.statistics(estimate, batch, axis_name, params, args, kwargs)
+
+    return fisher
+
+
+def exact_fisher(
+    predict: Callable[..., Any],
+    likelihood: Likelihoods,
+    layers: Layers,
+    *,
+    sharing: Sharings = "expand",
+    rule: Rule = trace_restricted,
+    precision: Precision = HIGHEST,
+    has_aux: bool = False,
+    axis_name: str | None = None,
+) -> Callable[..., Statistics]:
+    """Builds the function that computes the statistics' expectation over targets in closed form.
+
+    The Fisher of an example's outputs is a sum of outer products of vectors, which are pulled back
+    one after the other: as many backward passes as an example has outputs (classes times positions). For all
+    three likelihoods this is also the Gauss-Newton matrix.
+
+    Args:
+      predict: the model, `predict(params, *args, **kwargs) -> outputs`, as given to `find_layers`.
+      likelihood: what the outputs mean, or a mapping; it needs `num_fisher_vectors` and `fisher_vector`, as the
+        likelihoods of this package have them.
+      layers: the layers to gather statistics for.
+      sharing: see `sampled_fisher`.
+      rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      precision: precision of the statistics' matrix products.
+      has_aux: `predict` returns `(outputs, aux)`; `aux` is dropped.
+      axis_name: mapped axis over which the statistics are averaged; see `sampled_fisher`.
+
+    Returns:
+      `fisher(params, *args, position_mask=None, example_weights=None, **kwargs)`: the statistics; see
+      `sampled_fisher`, whose expectation they are.
+
+    Raises:
+      ValueError: an option is wrong, or the likelihood has no closed form; when called: a layer is
+        not applied.
+
+    Example:
+      >>> import jax.numpy as jnp, tkfac_jax as tkfac, flax.linen as nn, jax
+      >>> model = nn.Dense(2, use_bias=False)
+      >>> x = jnp.array([[2.0, 0.0]])
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> predict = lambda params, x: model.apply({"params": params}, x)
+      >>> layers = tkfac.find_layers(predict, params, x)
+      >>> fisher = tkfac.exact_fisher(predict, tkfac.Normal(variance=0.5), layers)
+      >>> float(fisher(params, x)["."].trace)  # |x|^2 times two outputs of Fisher 1 / 0.5
+      16.0
+    """
+    model = _Tagged.build(predict, layers, Options(rule, sharing, precision), has_aux)
+    likelihood = as_likelihood(likelihood)
+    estimate_on = exact_estimate(likelihood)
+
+    def fisher(
+        params: Any,
+        *args: Any,
+        position_mask: Any = None,
+        example_weights: Any = None,
+        **kwargs: Any,
+    ) -> Statistics:
+        batch = Batch(position_mask, example_weights)
+        return model.statistics(estimate_on(batch), batch, axis_name, params, args, kwargs)
 
     return fisher
 
 
 def value_and_grad_with_fisher(
     predict: Callable[..., Any],
-    likelihood: Likelihood,
+    likelihood: Likelihoods,
     layers: Layers,
     *,
     estimator: Estimator = "sampled",
     num_samples: int = 1,
-    sharing: Sharing = "expand",
+    sharing: Sharings = "expand",
     rule: Rule = trace_restricted,
+    precision: Precision = HIGHEST,
     has_aux: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., Any]:
@@ -162,18 +263,21 @@ def value_and_grad_with_fisher(
 
     Args:
       predict: the model, `predict(params, *args, **kwargs) -> outputs`, as given to `find_layers`.
-      likelihood: what the outputs mean; the loss is the mean of its `nll` over the examples.
+      likelihood: what the outputs mean, or a mapping (see `sampled_fisher`); the loss is the mean of its `nll` over
+        the examples.
       layers: the layers to gather statistics for.
-      estimator: `"sampled"` or `"empirical"`; see `sampled_fisher` and `empirical_fisher`.
+      estimator: `"sampled"`, `"empirical"` or `"exact"`; see `sampled_fisher`, `empirical_fisher`, `exact_fisher`.
       num_samples: targets drawn per example by the sampled estimator.
       sharing: see `sampled_fisher`.
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`.
       axis_name: mapped axis over which the statistics are averaged (loss and gradient are not).
 
     Returns:
-      `f(params, *args, targets, key=None, **kwargs) -> ((loss, predicted), gradient, statistics)`, where
-      `predicted` is what `predict` returned: the outputs, or `(outputs, aux)`.
+      `f(params, *args, targets, key=None, position_mask=None, example_weights=None, **kwargs)`, which returns
+      `((loss, predicted), gradient, statistics)`, where `predicted` is what `predict` returned: the outputs, or
+      `(outputs, aux)`. Mask and weights as in `sampled_fisher`, in the loss too.
 
     Raises:
       ValueError: an option is wrong; when called: `key` is missing, or a layer is not applied.
@@ -190,32 +294,40 @@ def value_and_grad_with_fisher(
       >>> outputs.shape, gradient["kernel"].shape, list(statistics)
       ((5, 2), (3, 2), ['.'])
     """
-    _check_options(sharing, rule)
-    if estimator not in ("sampled", "empirical"):
-        msg = f'estimator={estimator!r}; expected "sampled" or "empirical".'
+    if estimator not in ("sampled", "empirical", "exact"):
+        msg = f'estimator={estimator!r}; expected "sampled", "empirical" or "exact".'
         raise ValueError(msg)
-    model = _Tagged(unjitted(predict), layers, rule, sharing, has_aux)
+    _check_num_samples(num_samples)
+    model = _Tagged.build(predict, layers, Options(rule, sharing, precision), has_aux)
+    likelihood = as_likelihood(likelihood)
+    exact_on = exact_estimate(likelihood) if estimator == "exact" else None
+
+    def estimate_on(batch: Batch, targets: Any, key: Any) -> Estimate:
+        if exact_on is not None:
+            return exact_on(batch)
+        if estimator == "empirical":
+            return empirical_estimate(likelihood, batch, targets)
+        if key is None:
+            raise ValueError(MISSING_KEY)
+        return sampled_estimate(likelihood, batch, key, num_samples, axis_name)
 
     def value_and_grad(
-        params: Any, *args: Any, targets: Any, key: Any = None, **kwargs: Any
+        params: Any,
+        *args: Any,
+        targets: Any,
+        key: Any = None,
+        position_mask: Any = None,
+        example_weights: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        if estimator == "sampled" and key is None:
-            raise ValueError(MISSING_KEY)
-        outputs, pull_back_all, aux = model.linearize_with_params(params, args, kwargs)
-
-        def mean_nll(outputs: Any) -> Array:
-            return _per_example(likelihood.nll, outputs, targets).mean()
-
-        loss, derivative = jax.value_and_grad(mean_nll)(outputs)
-        gradient, _ = pull_back_all(derivative)
-
-        def pull_back(cotangent: Any) -> Statistics:
-            return pull_back_all(cotangent)[1]
-
-        if estimator == "sampled":
-            statistics = _sampled(likelihood, outputs, pull_back, key, num_samples, axis_name)
-        else:
-            statistics = _with_targets(likelihood, outputs, pull_back, targets)
+        batch = Batch(position_mask, example_weights)
+        estimate = estimate_on(batch, targets, key)
+        outputs, pull_back, aux = model.linearize(True, batch, params, args, kwargs)
+        loss, derivative = jax.value_and_grad(
+            lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
+        )(outputs)
+        gradient, _ = pull_back(derivative)
+        statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[1])
         predicted = (outputs, aux) if has_aux else outputs
         return (loss, predicted), gradient, _average(statistics, axis_name)
 
@@ -227,44 +339,61 @@ class _Tagged(NamedTuple):
 
     predict: Callable[..., Any]
     layers: Layers
-    rule: Rule
-    sharing: Sharing
+    options: Options
     has_aux: bool
 
+    @classmethod
+    def build(
+        cls, predict: Callable[..., Any], layers: Layers, options: Options, has_aux: bool
+    ) -> "_Tagged":
+        """Checks the options."""
+        _check_options(options, layers)
+        return cls(unjitted(predict), layers, options, has_aux)
+
+    def statistics(
+        self,
+        estimate: Estimate,
+        batch: Batch,
+        axis_name: str | None,
+        params: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> Statistics:
+        """The statistics by an estimate."""
+        outputs, pull_back, _ = self.linearize(False, batch, params, args, kwargs)
+        statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[0])
+        return _average(statistics, axis_name)
+
     def linearize(
-        self, params: Any, args: Any, kwargs: Any
-    ) -> tuple[Any, Callable[[Any], Statistics]]:
-        """Outputs, and the map from output derivatives to statistics summed over examples."""
-        visible_layers(self.layers, params, "params")
-        params = _distinct(params)
-        outputs, pull_back, _ = jax.vjp(
-            lambda slots: self._call(params, slots, args, kwargs),
-            zero_slots(self.layers),
-            has_aux=True,
-        )
-        return outputs, lambda cotangent: pull_back(cotangent)[0]
-
-    def linearize_with_params(
-        self, params: Any, args: Any, kwargs: Any
+        self, with_gradient: bool, batch: Batch, params: Any, args: Any, kwargs: Any
     ) -> tuple[Any, Callable[[Any], Any], Any]:
-        """Outputs, the map from their derivatives to `(gradient, statistics)`, and aux."""
+        """Outputs, aux, and the map from output derivatives to `([gradient,] statistics)` summed over examples."""
         visible_layers(self.layers, params, "params")
-        return jax.vjp(
-            lambda params, slots: self._call(params, slots, args, kwargs),
-            params,
-            zero_slots(self.layers),
-            has_aux=True,
-        )
+        slots = zero_slots(self.layers)
+        if with_gradient:
 
-    def _call(self, params: Any, slots: Statistics, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        with tagging(self.layers, params, slots, self.rule, self.sharing) as tagged:
-            predicted = self.predict(params, *args, **kwargs)
+            def both(params: Any, slots: Statistics) -> tuple[Any, Any]:
+                return self._call(params, slots, batch, args, kwargs)
+
+            return jax.vjp(both, params, slots, has_aux=True)
+        distinct = _distinct(params)
+
+        def statistics_only(slots: Statistics) -> tuple[Any, Any]:
+            return self._call(distinct, slots, batch, args, kwargs)
+
+        return jax.vjp(statistics_only, slots, has_aux=True)
+
+    def _call(
+        self, params: Any, slots: Statistics, batch: Batch, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        counting = Counting(batch.location_mask, batch.weights)
+        with tagging(self.layers, params, slots, self.options, counting) as tagged:
+            predicted = self.predict(tagged.params, *args, **kwargs)
         for name in self.layers:
-            if name not in tagged:
+            if name not in tagged.names:
                 msg = (
-                    f"layer '{name}' was not applied to its kernel as it stands in params, so it has no "
-                    "statistics. Pass the same predict and params as to find_layers, and no part of it "
-                    "under jax.jit or nn.jit: a cached trace hides its layers."
+                    f"layer '{name}' was not applied to its kernel, so it has no statistics. Pass the same "
+                    "predict and params as to find_layers, and call it as it was called there."
                 )
                 raise ValueError(msg)
         return predicted if self.has_aux else (predicted, None)
@@ -283,66 +412,32 @@ def _distinct(params: Any) -> Any:
     return jax.tree.map(copy_if_seen, params)
 
 
-def _per_example(nll: Callable[[Any, Any], Array], outputs: Any, targets: Any) -> Array:
-    values = nll(outputs, targets)
-    if jnp.ndim(values) != 1:
-        msg = (
-            f"the likelihood's nll returned shape {jnp.shape(values)}; expected one number per "
-            "example, shape (batch,)."
-        )
-        raise ValueError(msg)
-    return values
-
-
-def _with_targets(
-    likelihood: Any, outputs: Any, pull_back: Callable[[Any], Statistics], targets: Any
-) -> Statistics:
-    """Means over examples of the statistics under given targets."""
-    nll = getattr(likelihood, "fisher_nll", likelihood.nll)
-
-    def total(outputs: Any) -> tuple[Array, int]:
-        values = _per_example(nll, outputs, targets)
-        # The sum, not the mean: each example then carries the derivative of its own loss.
-        return values.sum(), len(values)
-
-    cotangent, examples = jax.grad(total, has_aux=True)(outputs)
-    return jax.tree.map(lambda sums: sums / examples, pull_back(cotangent))
-
-
-def _sampled(
-    likelihood: Any,
-    outputs: Any,
-    pull_back: Callable[[Any], Statistics],
-    key: Any,
-    num_samples: int,
-    axis_name: str | None,
-) -> Statistics:
-    """Means over examples and samples of the statistics under targets drawn from the model."""
-    outputs = jax.lax.stop_gradient(outputs)
-    if axis_name is not None:
-        # Devices that were given the same key must not draw the same targets.
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-    def one_sample(key: Any) -> Statistics:
-        targets = likelihood.sample(key, outputs)
-        return _with_targets(likelihood, outputs, pull_back, targets)
-
-    if num_samples == 1:
-        return one_sample(key)
-    samples = jax.lax.map(one_sample, jax.random.split(key, num_samples))
-    return jax.tree.map(lambda sample: sample.mean(axis=0), samples)
-
-
 def _average(statistics: Statistics, axis_name: str | None) -> Statistics:
     return statistics if axis_name is None else jax.lax.pmean(statistics, axis_name)
 
 
-def _check_options(sharing: str, rule: Any) -> None:
-    if sharing not in ("expand", "reduce"):
-        msg = f'sharing={sharing!r}; expected "expand" or "reduce".'
+def _check_num_samples(num_samples: Any) -> None:
+    if not (isinstance(num_samples, int) and num_samples >= 1):
+        msg = f"num_samples={num_samples!r}; expected a whole number of at least 1."
         raise ValueError(msg)
-    if not callable(rule):
-        msg = f"rule={rule!r}; expected tkfac_jax.trace_restricted or tkfac_jax.independent."
+
+
+def _check_options(options: Options, layers: Layers) -> None:
+    sharing = options.sharing
+    of_layers = {".": sharing} if isinstance(sharing, str) else sharing
+    if not isinstance(of_layers, Mapping) or any(
+        value not in ("expand", "reduce") for value in of_layers.values()
+    ):
+        msg = f'sharing={sharing!r}; expected "expand" or "reduce", or one of them for each layer.'
+        raise ValueError(msg)
+    unknown = [] if isinstance(sharing, str) else [name for name in of_layers if name not in layers]
+    if unknown:
+        msg = f"sharing names {unknown}; the layers are {sorted(layers)}."
+        raise ValueError(msg)
+    if not callable(options.rule):
+        msg = (
+            f"rule={options.rule!r}; expected tkfac_jax.trace_restricted or tkfac_jax.independent."
+        )
         raise ValueError(msg)
 
 
@@ -360,7 +455,8 @@ def check_statistics(statistics: Any, layers: Layers) -> None:
         )
         raise ValueError(msg)
     for name, spec in layers.items():
-        expected = ((spec.d_in, spec.d_in), (spec.d_out, spec.d_out), ())
+        batch = spec.batch
+        expected = ((*batch, *spec.phi.shape), (*batch, *spec.psi.shape), batch)
         received = tuple(jnp.shape(array) for array in statistics[name])
         if received != expected:
             msg = f"statistics of layer '{name}' have shapes {received}; expected {expected}."

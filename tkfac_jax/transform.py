@@ -39,6 +39,8 @@ def scale_by_tkfac(
     averaging: Averaging = "factors",
     norm_constraint: float | Array | None = None,
     inverse: Inverse | None = None,
+    factor_dtype: Any = None,
+    inverse_dtype: Any = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the gradients of the layers with TKFAC's approximation of the inverse Fisher.
@@ -72,6 +74,10 @@ def scale_by_tkfac(
         comes before the learning rate.
       inverse: inverts a stack `(n, d, d)` of symmetric positive definite matrices, with NaN where
         that fails; None is `cholesky_inverse`.
+      factor_dtype: dtype in which the factors are stored, such as `jnp.bfloat16` to save memory; None: the dtype
+        of the layer's statistics, at least float32. Averages are computed in the wider of the two.
+      inverse_dtype: dtype in which the inverses are stored, likewise; they are computed, and multiplied
+        with, in at least float32.
       axis_name: mapped axis over which statistics are averaged, if their Fisher function has not done it.
 
     Returns:
@@ -108,6 +114,8 @@ def scale_by_tkfac(
         averaging,
         cholesky_inverse if inverse is None else inverse,
         axis_name,
+        factor_dtype,
+        inverse_dtype,
     )
 
     def update(
@@ -157,6 +165,8 @@ def tkfac(
     averaging: Averaging = "factors",
     norm_constraint: float | Array | None = None,
     inverse: Inverse | None = None,
+    factor_dtype: Any = None,
+    inverse_dtype: Any = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """TKFAC, Algorithm 1 of the paper, on the layers; a complete optimizer of its own for all else.
@@ -179,6 +189,8 @@ def tkfac(
       averaging: `"factors"` or `"moments"`.
       norm_constraint: bound on `<update, gradient>`, before the learning rate.
       inverse: inverts stacks of matrices; None is `cholesky_inverse`.
+      factor_dtype: dtype in which the factors are stored.
+      inverse_dtype: dtype in which the inverses are stored.
       axis_name: mapped axis over which statistics are averaged.
 
     Returns:
@@ -201,6 +213,8 @@ def tkfac(
             averaging=averaging,
             norm_constraint=norm_constraint,
             inverse=inverse,
+            factor_dtype=factor_dtype,
+            inverse_dtype=inverse_dtype,
             axis_name=axis_name,
         )
     ]

@@ -1,0 +1,162 @@
+"""Which derivatives of the outputs are pulled back, and so which Fisher the statistics are of.
+
+An estimate takes the outputs and the map `pull_back` from derivatives of the outputs to statistics summed over
+examples; it returns the statistics' mean over the examples.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Estimator = Literal["sampled", "empirical", "exact"]
+PullBack = Callable[[Any], Any]
+Estimate = Callable[[Any, PullBack], Any]
+
+
+class Batch(NamedTuple):
+    """What is known of a batch's examples beside inputs and targets.
+
+    Attributes:
+      mask: False where a position of an example is padding, `(batch, *positions)`, or a mapping of such for a
+        mapping of likelihoods; None: no padding.
+      weights: what each example's loss is multiplied by, `(batch,)`; None: 1.
+    """
+
+    mask: Any = None
+    weights: Array | None = None
+
+    @property
+    def location_mask(self) -> Array | None:
+        """The mask for the layers: the one that there is, if it is one."""
+        masks = jax.tree.leaves(self.mask)
+        return masks[0] if len(masks) == 1 else None
+
+    def options(self) -> dict[str, Any]:
+        """The mask as a keyword argument of a likelihood's methods, where there is one."""
+        return {} if self.mask is None else {"mask": self.mask}
+
+
+def nll_of(likelihood: Any, outputs: Any, targets: Any, batch: Batch) -> Array:
+    """The weighted loss of each example, `(batch,)`."""
+    values = _per_example(likelihood.nll(outputs, targets, **batch.options()))
+    return values if batch.weights is None else values * batch.weights
+
+
+def empirical_estimate(likelihood: Any, batch: Batch, targets: Any) -> Estimate:
+    """The statistics under given targets."""
+
+    def estimate(outputs: Any, pull_back: PullBack) -> Any:
+        sums, examples = _with_targets(likelihood, batch, outputs, pull_back, targets)
+        return _divide(sums, examples)
+
+    return estimate
+
+
+def sampled_estimate(
+    likelihood: Any, batch: Batch, key: Any, num_samples: int, axis_name: str | None
+) -> Estimate:
+    """The mean of the statistics under targets drawn from the model."""
+
+    def estimate(outputs: Any, pull_back: PullBack) -> Any:
+        outputs = jax.lax.stop_gradient(outputs)
+        # Devices that were given the same key must not draw the same targets.
+        own_key = (
+            key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        )
+
+        def one_sample(key: Any) -> tuple[Any, Array]:
+            targets = likelihood.sample(key, outputs)
+            return _with_targets(likelihood, batch, outputs, pull_back, targets)
+
+        if num_samples == 1:
+            return _divide(*one_sample(own_key))
+        keys = jax.random.split(own_key, num_samples)
+        sums, examples = _sum_over(one_sample, keys)
+        return _divide(sums, examples)
+
+    return estimate
+
+
+def exact_estimate(likelihood: Any) -> Callable[[Batch], Estimate]:
+    """The expectation of the statistics under the model's own targets.
+
+    Raises:
+      ValueError: the likelihood does not say what its Fisher is.
+    """
+    if not hasattr(likelihood, "fisher_vector") or not hasattr(likelihood, "num_fisher_vectors"):
+        msg = (
+            f"{type(likelihood).__name__} has no closed form: the exact Fisher needs its methods "
+            "num_fisher_vectors(outputs) and fisher_vector(outputs, index). Take the sampled Fisher."
+        )
+        raise ValueError(msg)
+
+    def on(batch: Batch) -> Estimate:
+        def estimate(outputs: Any, pull_back: PullBack) -> Any:
+            outputs = jax.lax.stop_gradient(outputs)
+            count = likelihood.num_fisher_vectors(outputs)
+            examples = jax.tree.leaves(outputs)[0].shape[0]
+
+            def one_vector(index: Array) -> tuple[Any, Array]:
+                vector = likelihood.fisher_vector(outputs, index, **batch.options())
+                # With the root of their number the sum becomes a mean, so that what does not
+                # depend on the vector (KFAC's input moment) keeps its scale.
+                scaled = jax.tree.map(lambda v: v * jnp.sqrt(jnp.asarray(count, v.dtype)), vector)
+                return pull_back(_weighted(scaled, batch)), jnp.asarray(examples)
+
+            return _divide(*_sum_over(one_vector, jnp.arange(count)))
+
+        return estimate
+
+    return on
+
+
+def _with_targets(
+    likelihood: Any, batch: Batch, outputs: Any, pull_back: PullBack, targets: Any
+) -> tuple[Any, Array]:
+    """The statistics under given targets, summed over examples, and the number of examples."""
+    nll = getattr(likelihood, "fisher_nll", likelihood.nll)
+
+    def total(outputs: Any) -> tuple[Array, int]:
+        values = _per_example(nll(outputs, targets, **batch.options()))
+        # The sum, not the mean: each example then carries the derivative of its own loss.
+        weights = 1 if batch.weights is None else jnp.sqrt(batch.weights)
+        return (values * weights).sum(), len(values)
+
+    cotangent, examples = jax.grad(total, has_aux=True)(outputs)
+    return pull_back(cotangent), jnp.asarray(examples)
+
+
+def _weighted(cotangent: Any, batch: Batch) -> Any:
+    """Multiplies each example's derivatives by the root of its weight."""
+    if batch.weights is None:
+        return cotangent
+    root = jnp.sqrt(batch.weights)
+    return jax.tree.map(
+        lambda leaf: leaf * root.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), cotangent
+    )
+
+
+def _sum_over(function: Callable[[Any], Any], values: Any) -> Any:
+    """The sum of a function over the first axis of its argument, one value at a time."""
+    first = jax.eval_shape(function, jax.tree.map(lambda v: v[0], values))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    return jax.lax.scan(
+        lambda total, value: (jax.tree.map(jnp.add, total, function(value)), None), zeros, values
+    )[0]
+
+
+def _divide(sums: Any, examples: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf / examples.astype(leaf.dtype), sums)
+
+
+def _per_example(values: Array) -> Array:
+    if jnp.ndim(values) != 1:
+        msg = (
+            f"the likelihood's nll returned shape {jnp.shape(values)}; expected one number per "
+            "example, shape (batch,)."
+        )
+        raise ValueError(msg)
+    return values
