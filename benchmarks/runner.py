@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Problem(NamedTuple):
       targets: training targets.
       batch_size: examples of a step; what is left over at the end of an epoch is dropped.
       evaluate: `evaluate(params, model_state) -> figures`, a dictionary of floats with `train_loss`.
+      discovery: options of `find_layers`.
     """
 
     predict: Callable[..., Any]
@@ -46,6 +47,14 @@ class Problem(NamedTuple):
     targets: np.ndarray
     batch_size: int
     evaluate: Callable[[Any, Any], dict[str, float]]
+    discovery: Mapping[str, Any] = {}
+
+    def find_layers(self) -> tkfac.Layers:
+        """The layers of the model, found on a batch."""
+        batch = self.inputs[: self.batch_size]
+        return tkfac.find_layers(
+            self.predict, self.params, self.model_state, batch, **self.discovery
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +88,7 @@ class Run:
         """Starts a run, or resumes the one whose checkpoint lies in the folder."""
         self.problem, self.method, self.seed = problem, method, seed
         self.checkpoint = folder and folder / f"{method.slug}.msgpack"
-        self.layers = tkfac.find_layers(
-            problem.predict,
-            problem.params,
-            problem.model_state,
-            problem.inputs[: problem.batch_size],
-        )
+        self.layers = problem.find_layers()
         optimizer = method.build(self.layers)
         self.train_step = _make_step(problem, method, optimizer, self.layers)
         params = jax.tree.map(jnp.array, problem.params)

@@ -1,6 +1,7 @@
 """TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
 
 from tkfac_jax import linen as _linen  # noqa: F401 - registers the layers of Flax Linen
+from tkfac_jax import nnx as _nnx  # noqa: F401 - and those of Flax NNX
 from tkfac_jax.calls import (
     LayerCall,
     attend_call,

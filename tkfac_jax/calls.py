@@ -251,6 +251,19 @@ def describe_call(
         return f"{what} is not a supported layer"
     if getattr(own, method) is not getattr(known, method):
         return f"{own.__name__} overrides {known.__name__}.{method}"
+    return describe_as(known, module, method, parameters, args, kwargs, output)
+
+
+def describe_as(
+    known: type,
+    module: Any,
+    method: str,
+    parameters: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+) -> LayerCall | str:
+    """A call as a layer of a class that is registered."""
     return _descriptions[known, method](module, parameters, args, kwargs, output)
 
 

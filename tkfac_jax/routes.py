@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from flax.core import FrozenDict
 
 from tkfac_jax.calls import ROUTE_PREFIX, Call, LayerCall
 from tkfac_jax.layers import named_leaves, parameter_name
+from tkfac_jax.nnx import accompany
 
 _tokens = itertools.count()
 
@@ -66,14 +68,17 @@ class Routes(NamedTuple):
         by_name = {name: key for key, name in keys.items()}
 
         def insert(node: Any, path: tuple[Any, ...]) -> Any:
+            name = parameter_name(path)
+            if isinstance(node, nnx.Variable):
+                return accompany(node, by_name[name], entries[name]) if name in by_name else node
             if type(node) in (dict, FrozenDict):
                 children = {}
                 for key, child in node.items():
                     child_path = (*path, jax.tree_util.DictKey(key))
                     children[key] = insert(child, child_path)
-                    name = parameter_name(child_path)
-                    if name in by_name and name in leaves:
-                        children[by_name[name]] = entries[name]
+                    key_of_entry = by_name.get(parameter_name(child_path))
+                    if key_of_entry is not None and not isinstance(child, nnx.Variable):
+                        children[key_of_entry] = entries[parameter_name(child_path)]
                 return type(node)(children)
             below, treedef = jax.tree_util.tree_flatten_with_path(
                 node, is_leaf=lambda other: other is not node
@@ -84,6 +89,8 @@ class Routes(NamedTuple):
                 treedef, [insert(child, (*path, *step)) for step, child in below]
             )
 
+        # NNX refuses Variables of another trace than the one in which its transformations run.
+        params = jax.tree.map(lambda leaf: leaf, params)
         routed = insert(params, ()) if entries else params
         owners = {id(leaf): name for name, leaf in leaves.items()}
         return cls(routed, owners, keys, frozenset(leaves))
