@@ -53,14 +53,15 @@ class Call(NamedTuple):
 
     Attributes:
       parameters: the parameters of the module itself (not of its children), by name.
-      layer: the call as a layer, or the reason why it is not treated as one.
+      layer: the call as a layer; the reason why it is not treated as one; or None, where a method of a layer
+        was called that says nothing about what the layer is used for.
       routes: what the library put next to the parameters; see `ROUTE_PREFIX`.
       names: what the hook knows of the parameters' names in `params`, by their keys in `parameters`.
       name: a name for the layer that a user gave, or None.
     """
 
     parameters: Mapping[str, Any]
-    layer: LayerCall | str
+    layer: LayerCall | str | None
     routes: Mapping[str, Any] = {}
     names: Mapping[str, str] = {}
     name: str | None = None
@@ -105,7 +106,7 @@ def report(call: Call, output: Any) -> Any:
     if observer is None:
         return output
     replacement = observer(call)
-    if isinstance(call.layer, str) or replacement is call.layer.output:
+    if not isinstance(call.layer, LayerCall) or replacement is call.layer.output:
         return output
     replaced = call.layer.output
     return jax.tree.map(lambda leaf: replacement if leaf is replaced else leaf, output)
@@ -242,13 +243,15 @@ def describe_call(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     output: Any,
-) -> LayerCall | str:
-    """A call as a layer, by what is registered for its class, or the reason why not."""
+) -> LayerCall | str | None:
+    """A call as a layer, by what is registered for its class; or why not; None for a layer's other methods."""
     own = type(module)
     known = next((cls for cls in own.__mro__ if (cls, method) in _descriptions), None)
     if known is None:
-        what = own.__name__ if method == "__call__" else f"{own.__name__}.{method}"
-        return f"{what} is not a supported layer"
+        classes = {cls for cls, _ in _descriptions}
+        if any(cls in classes for cls in own.__mro__):
+            return None
+        return f"{own.__name__} is not a supported layer"
     if getattr(own, method) is not getattr(known, method):
         return f"{own.__name__} overrides {known.__name__}.{method}"
     return describe_as(known, module, method, parameters, args, kwargs, output)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tkfac_jax.calls import Call, observing
+from tkfac_jax.calls import Call, LayerCall, observing
 from tkfac_jax.layers import Layers, LayerSpec, named_leaves
 from tkfac_jax.matrices import Convolution, Form, Layout
 from tkfac_jax.provenance import check_values
@@ -24,6 +24,9 @@ from tkfac_jax.routes import Routes, split_arrays
 from tkfac_jax.structures import Structure
 
 NOT_FOUND = "no supported layer uses it as it stands in params (it is unused, or changed before a layer uses it)"
+OTHER_METHOD = (
+    "its layer is applied by another method than __call__, as by nn.WeightNorm and nn.SpectralNorm"
+)
 NORM = 'it belongs to a norm; find_layers(..., norms="exact") gives it an exact block'
 
 
@@ -47,10 +50,17 @@ class _Use(NamedTuple):
 
 
 class _Notes(NamedTuple):
-    """What an abstract call of the function has shown."""
+    """What an abstract call of the function has shown.
+
+    Attributes:
+      uses: by kernel, the uses that can be treated.
+      reasons: by parameter, why it is left to the fallback.
+      remarks: by parameter, what to say if no use has been found.
+    """
 
     uses: dict[str, list[_Use]]
     reasons: dict[str, str]
+    remarks: dict[str, str]
 
 
 def find_layers(
@@ -111,6 +121,8 @@ def find_layers(
 
     specs = []
     for kernel, kernel_uses in notes.uses.items():
+        for bias in {use.bias: None for use in kernel_uses if use.bias is not None}:
+            notes.remarks[bias] = f"it goes with '{kernel}'"
         if kernel in notes.reasons:
             continue
         reason = _conflict(kernel_uses)
@@ -122,9 +134,8 @@ def find_layers(
     specs.sort(key=lambda spec: order.index(spec.kernel))
     specs = _keep_unchanged(specs, notes, fun, params, args, kwargs)
     owned = {name for spec in specs for name in (spec.kernel, spec.bias)}
-    fallback = tuple(
-        (name, notes.reasons.get(name, NOT_FOUND)) for name in shapes if name not in owned
-    )
+    said = dict.fromkeys(shapes, NOT_FOUND) | notes.remarks | notes.reasons
+    fallback = tuple((name, said[name]) for name in shapes if name not in owned)
     if not specs:
         msg = "find_layers found no supported layer: " + (
             "; ".join(f"'{name}': {reason}" for name, reason in fallback)
@@ -140,7 +151,7 @@ def _trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, no
     arrays, combine = split_arrays((args, kwargs))
 
     def watch(with_entries: bool) -> _Notes:
-        notes = _Notes({}, {})
+        notes = _Notes({}, {}, {})
 
         def traced(params: Any, arrays: list[Any]) -> Any:
             # Two leaves may be one tracer only outside of a trace: here each has its own.
@@ -163,12 +174,14 @@ def _trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, no
 def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, notes: _Notes) -> Any:
     """Notes one call: a use of its kernel, or why its parameters are left."""
     layer = call.layer
-    if isinstance(layer, str) or (layer.kind == "norm" and norms == "fallback"):
-        for key in call.parameters:
-            match = routes.match(call, key)
-            if match is not None:
+    if not isinstance(layer, LayerCall) or (layer.kind == "norm" and norms == "fallback"):
+        for match in filter(None, (routes.match(call, key) for key in call.parameters)):
+            if layer is None:
+                notes.remarks[match.name] = OTHER_METHOD
+            elif not any(use.name for use in notes.uses.get(match.name, ())):
+                # A module that marks its layers by hand has reported them by now.
                 notes.reasons.setdefault(match.name, layer if isinstance(layer, str) else NORM)
-        return None if isinstance(layer, str) else layer.output
+        return layer.output if isinstance(layer, LayerCall) else None
     kernel, bias = routes.match_layer(call, layer)
     if kernel is None:
         return layer.output

@@ -37,6 +37,8 @@ from tkfac_jax.descriptions import (
 
 METADATA = "tkfac"
 
+_watched: set[Callable[..., Any]] = set()
+
 
 @jax.tree_util.register_pytree_with_keys_class
 class Accompanied:
@@ -70,7 +72,9 @@ def accompany(variable: nnx.Variable, key: str, entry: Any) -> nnx.Variable:
 
 def _raw(variable: nnx.Variable) -> Any:
     # Flax 0.12.0 has only the attribute, which later versions deprecate.
-    return variable.get_raw_value() if hasattr(nnx.Variable, "get_raw_value") else variable.raw_value
+    return (
+        variable.get_raw_value() if hasattr(nnx.Variable, "get_raw_value") else variable.raw_value
+    )
 
 
 @functools.cache
@@ -97,7 +101,7 @@ def _watch(module_class: type, method: str) -> None:
     if not issubclass(module_class, nnx.Module) or method not in vars(module_class):
         return
     original = vars(module_class)[method]
-    if hasattr(original, "_tkfac_original"):
+    if original in _watched:
         return
 
     @functools.wraps(original)
@@ -106,12 +110,14 @@ def _watch(module_class: type, method: str) -> None:
         if not is_observed():
             return output
         parameters, routes = _own_parameters(self)
+        if not parameters:
+            return output
         # The class that was wrapped, not that of the module: a subclass that calls super() adds to
         # the output afterwards.
         layer = describe_as(module_class, self, method, parameters, args, kwargs, output)
         return report(Call(parameters, layer, routes), output)
 
-    watched._tkfac_original = original  # pyright: ignore[reportFunctionMemberAccess]
+    _watched.add(watched)
     setattr(module_class, method, watched)
 
 
@@ -240,7 +246,11 @@ def _norm(
     module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
 ) -> LayerCall | str:
     axes = next(
-        (getattr(module, name) for name in ("axis", "feature_axes", "feature_axis") if hasattr(module, name)),
+        (
+            getattr(module, name)
+            for name in ("axis", "feature_axes", "feature_axis")
+            if hasattr(module, name)
+        ),
         -1,
     )
     if broadcast(axes, 1) not in ((-1,), (output.ndim - 1,)):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tkfac_jax.calls import Call, observing
+from tkfac_jax.calls import Call, LayerCall, observing
 from tkfac_jax.layers import LayerSpec, named_leaves
 from tkfac_jax.routes import Routes, split_arrays
 
@@ -154,7 +154,7 @@ def _tag_call(
     call: Call,
 ) -> Any:
     layer = call.layer
-    if isinstance(layer, str):
+    if not isinstance(layer, LayerCall):
         return None
     kernel, _ = routes.match_layer(call, layer)
     spec = next((s for s in specs if kernel is not None and s.kernel == kernel.name), None)

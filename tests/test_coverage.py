@@ -1,0 +1,125 @@
+"""The table of coverage in the README, row by row, against brute force."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from coverage_cases import LAYERS, make
+
+import tkfac_jax as tkfac
+
+RULES = {
+    "tkfac": (tkfac.trace_restricted, oracles.trace_restricted),
+    "kfac": (tkfac.independent, oracles.independent),
+}
+# Sums of a few hundred float64 products.
+ROUNDING = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def rows_by_brute_force(problem, layer, gradients):
+    """The input rows and gradient rows of a layer, from Flax's own layer and jax.vjp alone.
+
+    The gradient of the layer's matrix, with the output's gradient masked to one location, is `a g^T`; with ones in
+    place of the gradient it is `a 1^T`.
+
+    Returns:
+      `(examples, locations, *blocks, d_in)` and `(examples, locations, *blocks, d_out)`.
+    """
+
+    def at(example, location):
+        inputs, own = (
+            jnp.take(array, jnp.array([example]), layer.example_axis)
+            for array in (problem.inputs, gradients)
+        )
+        ndim = 0 if layer.features is None else own.ndim - layer.features
+        locations = jnp.eye(int(np.prod(own.shape[:ndim])))
+        mask = locations[location].reshape(own.shape[:ndim] + (1,) * (own.ndim - ndim))
+        _, pull_back = jax.vjp(lambda params: problem.apply(params, inputs), problem.params)
+        if layer.features is None:
+            return layer.matrix(problem.by_name(pull_back(own)[0]))[..., 0], jnp.ones(1)
+        product, ones = (
+            layer.matrix(problem.by_name(pull_back(mask * g)[0])) for g in (own, jnp.ones_like(own))
+        )
+        a = ones[..., 0]
+        squares = jnp.sum(a * a, -1, keepdims=True)
+        g = jnp.einsum("...io,...i->...o", product, a) / jnp.where(squares > 0, squares, 1)
+        return a, g
+
+    one = jnp.take(gradients, jnp.array([0]), layer.example_axis)
+    locations = (
+        1 if layer.features is None else int(np.prod(one.shape[: one.ndim - layer.features]))
+    )
+    examples = problem.inputs.shape[layer.example_axis]
+    rows = jax.jit(jax.vmap(jax.vmap(at, (None, 0)), (0, None)))(
+        jnp.arange(examples), jnp.arange(locations)
+    )
+    return [np.asarray(side) for side in rows]
+
+
+def expected_statistics(oracle, inputs, gradients):
+    """An oracle's moments, block by block; locations that do not belong to a block are left out."""
+    blocks = inputs.shape[2:-1]
+    moments = []
+    for block in itertools.product(*map(range, blocks)):
+        a, g = (side[(slice(None), slice(None), *block)] for side in (inputs, gradients))
+        inside = [np.flatnonzero((example != 0).any(-1)) for example in a]
+        if blocks:
+            a = np.stack([rows[places] for rows, places in zip(a, inside, strict=True)])
+            g = np.stack([rows[places] for rows, places in zip(g, inside, strict=True)])
+        moments.append(oracle(a, g))
+    if not blocks:
+        return moments[0]
+    return [np.stack(side) for side in zip(*moments, strict=True)]
+
+
+def with_head(problem, layer):
+    """A model with the layer and a fixed, nonlinear head on it, and targets."""
+    axis = layer.example_axis
+    output = jax.eval_shape(problem.apply, problem.params, problem.inputs)
+    width = int(np.prod(output.shape)) // output.shape[axis]
+    rng = np.random.default_rng(1)
+    head = jnp.asarray(rng.normal(size=(width, 3)) / np.sqrt(width))
+    targets = jnp.asarray(rng.normal(size=(output.shape[axis], 3)))
+
+    def head_of(y):
+        y = jnp.moveaxis(jnp.tanh(y), axis, 0)
+        return y.reshape(len(y), -1) @ head
+
+    def predict(params, x):
+        return head_of(problem.apply(params, x))
+
+    gradients = jax.grad(lambda y: 0.5 * jnp.sum((head_of(y) - targets) ** 2))(
+        problem.apply(problem.params, problem.inputs)
+    )
+    return predict, targets, gradients
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, framework, rule):
+    layer = LAYERS[name]
+    problem = make(layer, framework)
+    predict, targets, gradients = with_head(problem, layer)
+    layers = tkfac.find_layers(predict, problem.params, problem.inputs, norms="exact")
+    (spec,) = layers.values()
+    assert not layers.fallback
+    package_rule, oracle = RULES[rule]
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers, rule=package_rule)
+    received = jax.jit(fisher)(problem.params, problem.inputs, targets=targets)[spec.name]
+    a, g = rows_by_brute_force(problem, layer, gradients)
+    if layer.method == "attend":
+        # The table's rows are on the side of the outputs there.
+        a, g = g, a
+    expected = expected_statistics(oracle, a, g)
+    assert (spec.d_in, spec.d_out) == (a.shape[-1], g.shape[-1])
+    if spec.phi.kind == "diagonal":
+        expected = (np.diagonal(expected[0], axis1=-2, axis2=-1), *expected[1:])
+        if name == "embed":
+            # The whole factor of a lookup is diagonal: nothing is left out.
+            assert np.count_nonzero(oracle(a, g)[0]) == np.count_nonzero(expected[0])
+    for array, reference in zip(received, expected, strict=True):
+        np.testing.assert_allclose(array, reference, **ROUNDING)
