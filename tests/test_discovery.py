@@ -98,21 +98,10 @@ def test_a_jitted_function_is_looked_into():
 @pytest.mark.parametrize(
     ("module", "x", "reason"),
     [
-        (partial(nn.Conv, 4, (3,)), jnp.ones((1, 5, 2)), "a convolution over 1 spatial axes"),
         (
-            partial(nn.Conv, 4, (2, 2, 2)),
-            jnp.ones((1, 3, 3, 3, 2)),
-            "a convolution over 3 spatial axes",
-        ),
-        (
-            partial(nn.Conv, 4, (3, 3), feature_group_count=2),
-            jnp.ones((1, 5, 5, 2)),
-            "feature_group_count=2",
-        ),
-        (
-            partial(nn.Conv, 4, (3, 3), input_dilation=2, padding=1),
-            jnp.ones((1, 5, 5, 2)),
-            "input_dilation=2",
+            partial(nn.ConvLocal, 4, (3,)),
+            jnp.ones((1, 5, 2)),
+            "a kernel of its own at every location",
         ),
         (
             partial(nn.Conv, 4, (3, 3), mask=jnp.ones((3, 3, 2, 4))),
@@ -120,12 +109,20 @@ def test_a_jitted_function_is_looked_into():
             "a masked kernel",
         ),
         (
-            partial(nn.ConvTranspose, 4, (3, 3)),
+            partial(nn.ConvTranspose, 4, (3, 3), padding="CIRCULAR"),
             jnp.ones((1, 5, 5, 2)),
-            "ConvTranspose is not a supported layer",
+            "a transposed convolution with padding 'CIRCULAR' is not supported",
         ),
-        (partial(nn.DenseGeneral, 4), jnp.ones((2, 3)), "DenseGeneral is not a supported layer"),
-        (partial(nn.Embed, 7, 4), jnp.zeros((2,), int), "Embed is not a supported layer"),
+        (
+            partial(nn.Einsum, (3, 5), "bi,oj->bo", use_bias=False),
+            jnp.ones((2, 3)),
+            "it sums over an axis of the kernel alone",
+        ),
+        (
+            partial(nn.Einsum, (3, 4), "bi,jk->bijk", use_bias=False),
+            jnp.ones((2, 3)),
+            "it sums over no axis",
+        ),
         (
             partial(nn.Dense, 4, dot_general=jax.lax.dot_general),
             jnp.ones((2, 3)),
@@ -190,18 +187,27 @@ class Cell(nn.Module):
         return nn.Dense(3)(carry), None
 
 
-@pytest.mark.parametrize("change", ["scale", "cast", "remat", "scan"])
-def test_kernels_that_are_not_used_as_they_stand_are_refused(change):
+def changed_net(change):
+    """A network whose first kernel is changed before its layer uses it: predict, params and inputs."""
+
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            if change == "remat":
-                x = nn.remat(nn.Dense)(3, name="first")(x)
-            elif change == "scan":
+            if change == "scan over the last axis":
                 scanned = nn.scan(
-                    Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+                    Cell, variable_axes={"params": -1}, split_rngs={"params": True}, length=3
                 )
                 x, _ = scanned(name="first")(x, None)
+            elif change == "weight norm":
+                x = nn.WeightNorm(nn.Dense(3, name="first"))(x)
+            elif change == "map_variables":
+                halved = nn.map_variables(
+                    nn.Dense,
+                    "params",
+                    lambda tree: jax.tree.map(lambda w: 0.5 * w, tree),
+                    init=self.is_initializing(),
+                )
+                x = halved(3, name="first")(x)
             else:
                 x = nn.Dense(3, name="first")(x)
             return nn.Dense(2, name="last")(x)
@@ -211,17 +217,42 @@ def test_kernels_that_are_not_used_as_they_stand_are_refused(change):
     params = init(net, x)
 
     def predict(params, x):
-        first = next(name for name in params if name != "last")
         changed = dict(params)
         if change == "scale":
-            changed[first] = jax.tree.map(lambda w: 0.5 * w, params[first])
-        if change == "cast":
-            changed[first] = jax.tree.map(lambda w: w.astype(jnp.float16), params[first])
+            changed["first"] = jax.tree.map(lambda w: 0.5 * w, params["first"])
         return net.apply({"params": changed}, x)
 
-    with pytest.warns(UserWarning, match="no supported layer uses it as it stands in params"):
-        layers = tkfac.find_layers(predict, params, x)
+    return predict, params, x
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("scale", "a transformation changes it before the layer uses it"),
+        ("map_variables", "a transformation changes it before the layer uses it"),
+        ("weight norm", "a transformation changes it before the layer uses it"),
+        ("scan over the last axis", "it is mapped along another axis than the first"),
+    ],
+)
+def test_kernels_that_are_changed_before_use_are_refused(change, reason):
+    predict, params, x = changed_net(change)
+    layers = tkfac.find_layers(predict, params, x, on_unsupported="ignore")
     assert list(layers) == ["last"]
+    (kernel,) = (name for name in layers.fallback if name.endswith("kernel"))
+    assert reason in layers.fallback[kernel]
+
+
+def test_a_function_that_refuses_further_entries_is_still_looked_into():
+    model = nn.Dense(3)
+    x = jnp.ones((2, 4))
+    params = init(model, x)
+
+    def predict(params, x):
+        if set(params) != {"kernel", "bias"}:
+            raise KeyError(set(params))
+        return model.apply({"params": params}, x)
+
+    assert list(tkfac.find_layers(predict, params, x)) == ["."]
 
 
 def test_a_kernel_shared_by_two_modules_is_one_layer():
@@ -314,3 +345,16 @@ def test_messages(unchecked):
         tkfac.find_layers(lambda p, x: x, params, x)
     with pytest.raises(ValueError, match="params has no leaves"):
         tkfac.find_layers(lambda p, x: x, {}, x)
+    for options, message in (
+        ({"norms": "all"}, 'norms=\'all\'; expected "fallback" or "exact"'),
+        (
+            {"large_factors": "low rank"},
+            'large_factors=\'low rank\'; expected "diagonal" or "blocks"',
+        ),
+        (
+            {"max_factor_size": 0},
+            "max_factor_size=0; expected a whole number of at least 1, or None",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, x, **options)

@@ -531,9 +531,19 @@ def _fishers():
         r"nll returned shape \(\); expected one number per example": lambda: tkfac.empirical_fisher(
             predict, Total(), layers
         )(params, inputs, targets=targets),
-        "layer 'Dense_0' was not applied to its kernel as it stands": lambda: (
+        "layer 'Dense_0' was not applied to its kernel, so it has no statistics": lambda: (
             tkfac.empirical_fisher(inner_jit, tkfac.Categorical(), layers)(
                 params, inputs, targets=targets
+            )
+        ),
+        r"sharing names \['Dense_9'\]; the layers are": lambda: make(sharing={"Dense_9": "reduce"}),
+        "Poisson has no closed form": lambda: tkfac.exact_fisher(predict, Poisson(), layers),
+        "the likelihood under 'a' is 3; expected an object with nll": lambda: tkfac.sampled_fisher(
+            predict, {"a": 3}, layers
+        ),
+        r"the likelihoods are a mapping with the keys \['a'\]; the outputs are": lambda: (
+            tkfac.sampled_fisher(predict, {"a": tkfac.Normal()}, layers)(
+                params, inputs, key=jax.random.key(0)
             )
         ),
     }

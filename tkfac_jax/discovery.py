@@ -208,7 +208,7 @@ def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, not
         layer.form,
         dtype,
         kernel.as_it_stands and (bias is None or bias.as_it_stands),
-        not kernel.as_it_stands and entry_survives,
+        not kernel.as_it_stands and kernel.entry is not None,
         call.name,
     )
     notes.uses.setdefault(kernel.name, []).append(use)
