@@ -4,6 +4,7 @@
 """
 
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -302,3 +303,50 @@ def make(layer: Layer, framework: str) -> Problem:
         return getattr(nnx.merge(graphdef, params, rest, copy=True), layer.method)(x)
 
     return Problem(apply, randomly(params), inputs, lambda p: nnx.to_pure_dict(nnx.state(p)))
+
+
+# Rows that no single layer stands for: what they say, and the tests that check them.
+FURTHER = {
+    "MultiHeadDotProductAttention / MultiHeadAttention, LSTM, GRU and other cells, by their projections": (
+        "exact",
+        "exact",
+    ),
+    "a layer applied several times; nn.RNN and scans over time: uses add up": ("exact", "exact"),
+    "remat (with policies), jit, and both nested": ("exact", "exact"),
+    "scan over stacked layers: factors of its own for each layer": ("exact", "exact"),
+    "vmap over the batch, over stacked layers": ("exact", "exact"),
+    "parameters cast to bfloat16 or float16 before use": ("exact", "exact"),
+    "factors above max_factor_size": ("diagonal or blocks", "diagonal or blocks"),
+    "stacked along another axis than the first": ("fallback", "fallback"),
+    "kernels scaled, masked, or normalised (WeightNorm, SpectralNorm, map_variables)": (
+        "fallback",
+        "fallback",
+    ),
+    "ConvLocal; circular ConvTranspose; own dot_general; OptimizedLSTMCell of Linen": (
+        "fallback",
+        "fallback",
+    ),
+    "LoRA, other modules with parameters of their own: see register_layer": (
+        "fallback",
+        "fallback",
+    ),
+}
+
+
+def table():
+    """The table of coverage, in Markdown."""
+    lines = ["| layer or transformation | Linen | NNX |", "| --- | --- | --- |"]
+    for row in dict.fromkeys(layer.row for layer in LAYERS.values()):
+        norms = row.startswith("LayerNorm")
+        status = 'exact with `norms="exact"`, else fallback' if norms else "exact"
+        status = "approximated" if row.startswith("Embed.attend") else status
+        lines.append(f"| {row} | {status} | {status} |")
+    lines += [f"| {row} | {linen} | {own} |" for row, (linen, own) in FURTHER.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- coverage -->\n")
+    _, _, after = rest.partition("<!-- end of coverage -->")
+    readme.write_text(f"{before}<!-- coverage -->\n{table()}\n<!-- end of coverage -->{after}")

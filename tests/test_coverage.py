@@ -1,13 +1,16 @@
 """The table of coverage in the README, row by row, against brute force."""
 
+import functools
 import itertools
+import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from coverage_cases import LAYERS, make
+from coverage_cases import F64, LAYERS, make, table
 
 import tkfac_jax as tkfac
 
@@ -123,3 +126,89 @@ def test_layer(name, framework, rule):
             assert np.count_nonzero(oracle(a, g)[0]) == np.count_nonzero(expected[0])
     for array, reference in zip(received, expected, strict=True):
         np.testing.assert_allclose(array, reference, **ROUNDING)
+
+
+def test_the_readme_shows_the_table():
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    assert table() in readme.read_text(), "python tests/coverage_cases.py writes the table"
+
+
+class Wrapper(nn.Module):
+    """Layers inside layers: attention, or a cell unrolled over time by nn.RNN."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.kind == "attention":
+            return nn.MultiHeadDotProductAttention(2, name="inner", **F64)(x)
+        cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "simple": nn.SimpleCell}
+        return nn.RNN(cells[self.kind](3, name="cell", **F64), name="inner")(x)
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm", "gru", "simple"])
+def test_composed_layers_of_linen(kind):
+    """One position, so that each projection is used once: the gradient of an example is `a g^T`."""
+    x = jax.random.normal(jax.random.key(0), (3, 1, 4), jnp.float64)
+    model = Wrapper(kind)
+    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+
+    def predict(params, x):
+        return jnp.tanh(model.apply({"params": params}, x)).reshape(len(x), -1)
+
+    layers = tkfac.find_layers(predict, params, x)
+    assert not layers.fallback
+    targets = jnp.ones(jax.eval_shape(predict, params, x).shape)
+    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=targets)
+
+    def loss(params, x, y):
+        return 0.5 * jnp.sum((predict(params, x[None])[0] - y) ** 2)
+
+    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, targets)
+    for name, spec in layers.items():
+        own = functools.reduce(lambda tree, key: tree[key], name.split("/"), grads)
+        rows = [np.asarray(own["kernel"]).reshape(3, -1, spec.d_out)]
+        if spec.has_bias:
+            rows.append(np.asarray(own["bias"]).reshape(3, 1, spec.d_out))
+        w = np.concatenate(rows, axis=1)
+        expected = (
+            np.mean([m @ m.T for m in w], axis=0),
+            np.mean([m.T @ m for m in w], axis=0),
+            np.mean([np.sum(m * m) for m in w]),
+        )
+        for array, reference in zip(received[name], expected, strict=True):
+            np.testing.assert_allclose(array, reference, **ROUNDING)
+
+
+def test_tied_embeddings_add_their_uses_up():
+    """Lookup and attend on one table: the sum of the statistics of two tables that are equal."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            hidden = jnp.tanh(nn.Embed(6, 3, name="first", **F64)(tokens))
+            return nn.Embed(6, 3, name="second", **F64).attend(hidden)
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(6, 3, name="both", **F64)
+            return embed.attend(jnp.tanh(embed(tokens)))
+
+    tokens = jnp.array([[0, 5, 5, 2], [1, 0, 3, 3]])
+    tied = Tied().init(jax.random.key(0), tokens)["params"]
+    apart = {"first": tied["both"], "second": tied["both"]}
+    received = []
+    for model, params in ((Two(), apart), (Tied(), tied)):
+
+        def predict(params, tokens, model=model):
+            return model.apply({"params": params}, tokens)
+
+        layers = tkfac.find_layers(predict, params, tokens)
+        assert not layers.fallback
+        received.append(tkfac.exact_fisher(predict, tkfac.Categorical(), layers)(params, tokens))
+    expected = jax.tree.map(jnp.add, received[0]["first"], received[0]["second"])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, **ROUNDING), received[1]["both"], expected
+    )

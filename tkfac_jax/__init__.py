@@ -1,5 +1,6 @@
 """TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
 
+from tkfac_jax import analysis
 from tkfac_jax import linen as _linen  # noqa: F401 - registers the layers of Flax Linen
 from tkfac_jax import nnx as _nnx  # noqa: F401 - and those of Flax NNX
 from tkfac_jax.calls import (
@@ -14,6 +15,7 @@ from tkfac_jax.calls import (
 from tkfac_jax.capture import LayerStatistics, independent, trace_restricted
 from tkfac_jax.curvature import TkfacState
 from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
+from tkfac_jax.diagnostics import LayerDiagnostics, diagnostics
 from tkfac_jax.discovery import find_layers
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
@@ -43,7 +45,10 @@ __all__ = [
     "embed_call",
     "register_layer",
     "tag",
+    "LayerDiagnostics",
     "LayerSpec",
+    "analysis",
+    "diagnostics",
     "LayerStatistics",
     "Layers",
     "Likelihood",

@@ -7,18 +7,25 @@ import jax
 import numpy as np
 import optax
 
-from tkfac_jax.capture import Rule, Sharing, trace_restricted
+from tkfac_jax.capture import Rule, trace_restricted
 from tkfac_jax.curvature import TkfacState
 from tkfac_jax.discovery import unjitted
+from tkfac_jax.estimators import Batch, Estimator, nll_of
 from tkfac_jax.layers import Layers
-from tkfac_jax.likelihoods import Likelihood
-from tkfac_jax.statistics import Estimator, value_and_grad_with_fisher
+from tkfac_jax.likelihoods import as_likelihood
+from tkfac_jax.statistics import (
+    HIGHEST,
+    Likelihoods,
+    Precision,
+    Sharings,
+    value_and_grad_with_fisher,
+)
 from tkfac_jax.transform import check_interval
 
 
 def make_train_step(
     predict: Callable[..., Any],
-    likelihood: Likelihood,
+    likelihood: Likelihoods,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     layers: Layers,
@@ -26,8 +33,9 @@ def make_train_step(
     inverse_interval: int,
     estimator: Estimator = "sampled",
     num_samples: int = 1,
-    sharing: Sharing = "expand",
+    sharing: Sharings = "expand",
     rule: Rule = trace_restricted,
+    precision: Precision = HIGHEST,
     has_aux: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., Any]:
@@ -40,22 +48,25 @@ def make_train_step(
 
     Args:
       predict: the model, `predict(params, *args) -> outputs`.
-      likelihood: what the outputs mean; the loss is the mean of its `nll` over the examples.
+      likelihood: what the outputs mean, or a mapping (see `sampled_fisher`); the loss is the mean of its `nll` over
+        the examples.
       optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`.
       layers: what `find_layers` returned.
       fisher_interval: T_FIM, steps between new statistics. The optimizer's own intervals are not used.
       inverse_interval: T_INV, steps between new inverses.
-      estimator: `"sampled"` or `"empirical"`, the Fisher of the statistics.
+      estimator: `"sampled"`, `"empirical"` or `"exact"`, the Fisher of the statistics.
       num_samples: targets drawn per example by the sampled estimator.
       sharing: see `sampled_fisher`.
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`, as with the new state of BatchNorm.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
 
     Returns:
-      `step(params, opt_state, *args, targets, key=None) -> (params, opt_state, metrics)`; `metrics` is a
-      dictionary with `loss`, and `aux` if `has_aux`. `key` may be left out with the empirical Fisher.
+      `step(params, opt_state, *args, targets, key=None, position_mask=None, example_weights=None)`, which returns
+      `(params, opt_state, metrics)`; `metrics` is a dictionary with `loss`, and `aux` if `has_aux`. Only the sampled
+      Fisher needs a `key`; mask and weights as in `sampled_fisher`.
 
     Raises:
       ValueError: an interval is not a whole number of at least 1, or another option is wrong; when
@@ -72,17 +83,23 @@ def make_train_step(
         num_samples=num_samples,
         sharing=sharing,
         rule=rule,
+        precision=precision,
         has_aux=has_aux,
         axis_name=axis_name,
     )
 
-    def without_fisher(params: Any, *args: Any, targets: Any, key: Any) -> Any:
+    likelihood = as_likelihood(likelihood)
+
+    def without_fisher(
+        params: Any, *args: Any, targets: Any, key: Any, position_mask: Any, example_weights: Any
+    ) -> Any:
         del key
+        batch = Batch(position_mask, example_weights)
 
         def loss_fn(params: Any) -> Any:
             predicted = predict(params, *args)
             outputs = predicted[0] if has_aux else predicted
-            return likelihood.nll(outputs, targets).mean(), predicted
+            return nll_of(likelihood, outputs, targets, batch).mean(), predicted
 
         (loss, predicted), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return (loss, predicted), gradient, None
@@ -90,10 +107,8 @@ def make_train_step(
     def program(new_statistics: bool, new_inverses: bool) -> Callable[..., Any]:
         value_and_grad = with_fisher if new_statistics else without_fisher
 
-        def run(params: Any, opt_state: Any, args: Any, targets: Any, key: Any) -> Any:
-            (loss, predicted), gradient, statistics = value_and_grad(
-                params, *args, targets=targets, key=key
-            )
+        def run(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
+            (loss, predicted), gradient, statistics = value_and_grad(params, *args, **data)
             if axis_name is not None:
                 loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
             updates, opt_state = optimizer.update(
@@ -109,12 +124,26 @@ def make_train_step(
     programs: dict[tuple[bool, bool], Callable[..., Any]] = {}
     counter = _HostCounter()
 
-    def step(params: Any, opt_state: Any, *args: Any, targets: Any, key: Any = None) -> Any:
+    def step(
+        params: Any,
+        opt_state: Any,
+        *args: Any,
+        targets: Any,
+        key: Any = None,
+        position_mask: Any = None,
+        example_weights: Any = None,
+    ) -> Any:
         number = counter.read(opt_state)
         kind = number % fisher_interval == 0, number % inverse_interval == 0
         if kind not in programs:
             programs[kind] = program(*kind)
-        params, opt_state, metrics = programs[kind](params, opt_state, args, targets, key)
+        data = {
+            "targets": targets,
+            "key": key,
+            "position_mask": position_mask,
+            "example_weights": example_weights,
+        }
+        params, opt_state, metrics = programs[kind](params, opt_state, args, data)
         counter.advance(opt_state)
         return params, opt_state, metrics
 
