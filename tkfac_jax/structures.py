@@ -7,7 +7,7 @@ convolution) are a batch throughout.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def add_to_diagonal(structure: Structure, factor: Array, value: Float[Array, "*b
     return factor + value * jnp.eye(structure.block, dtype=factor.dtype)
 
 
-def identity(structure: Structure, batch: tuple[int, ...], dtype: jnp.dtype | str) -> Array:
+def identity(structure: Structure, batch: tuple[int, ...], dtype: Any) -> Array:
     """Identity matrices, `(*batch, *structure.shape)`."""
     return add_to_diagonal(
         structure, jnp.zeros((*batch, *structure.shape), dtype), jnp.ones(batch, dtype)

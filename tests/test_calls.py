@@ -1,0 +1,151 @@
+"""Layers that users describe or mark themselves."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tkfac_jax as tkfac
+
+ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def assert_equal(received, expected):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **ROUNDING), received, expected)
+
+
+def data():
+    x = jax.random.normal(jax.random.key(0), (5, 3), jnp.float64)
+    w = jax.random.normal(jax.random.key(1), (3, 2), jnp.float64)
+    return x, w, jnp.array([0.3, -0.2]), jnp.ones((5, 2))
+
+
+def statistics_of(predict, params):
+    x, _, _, y = data()
+    layers = tkfac.find_layers(predict, params, x)
+    (spec,) = layers.values()
+    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=y)
+    return spec, received[spec.name]
+
+
+def flax_statistics():
+    _, w, b, _ = data()
+    model = nn.Dense(2, dtype=jnp.float64)
+    return statistics_of(
+        lambda p, x: jnp.tanh(model.apply({"params": p}, x)), {"kernel": w, "bias": b}
+    )[1]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_tag_by_hand_equals_a_layer_of_flax(transposed, checkpointed):
+    _, w, b, _ = data()
+    kernel = w.T if transposed else w
+    params = {"first": {"kernel": kernel, "bias": b}}
+
+    def layer(own, x):
+        y = x @ (own["kernel"].T if transposed else own["kernel"]) + own["bias"]
+        marked = tkfac.tag(
+            y, x, name="first", kernel=own["kernel"], bias=own["bias"], transposed=transposed
+        )
+        return jnp.tanh(marked)
+
+    def predict(params, x):
+        return (jax.checkpoint(layer) if checkpointed else layer)(params["first"], x)
+
+    spec, received = statistics_of(predict, params)
+    assert (spec.name, spec.d_in, spec.d_out) == ("first", 4, 2)
+    assert_equal(received, flax_statistics())
+    layers = tkfac.Layers((spec,))
+    optimizer = tkfac.scale_by_tkfac(layers, damping=0.1)
+    updates, _ = optimizer.update(
+        params, optimizer.init(params), params, statistics={"first": received}
+    )
+    assert updates["first"]["kernel"].shape == kernel.shape
+
+
+class OwnLinen(nn.Module):
+    """A layer of a user's own, with its own names."""
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(dtype=jnp.float64), (x.shape[-1], 2))
+        b = self.param("b", nn.initializers.normal(dtype=jnp.float64), (2,))
+        return x @ w + b, "more"
+
+
+class OwnNnx(nnx.Module):
+    """The same for NNX."""
+
+    def __init__(self, w, b):
+        self.w, self.b = nnx.Param(w), nnx.Param(b)
+
+    def __call__(self, x):
+        return x @ self.w[...] + self.b[...], "more"
+
+
+def describe(module, parameters, args, kwargs, output):
+    return tkfac.dense_call(parameters["w"], args[0], output[0], parameters["b"])
+
+
+tkfac.register_layer(OwnLinen, describe)
+tkfac.register_layer(OwnNnx, describe)
+
+
+def test_a_registered_layer_of_linen():
+    _, w, b, _ = data()
+
+    def predict(params, x):
+        y, more = OwnLinen().apply({"params": params}, x)
+        assert more == "more"
+        return jnp.tanh(y)
+
+    assert_equal(statistics_of(predict, {"w": w, "b": b})[1], flax_statistics())
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_registered_layer_of_nnx(remat):
+    _, w, b, _ = data()
+    graphdef, params, rest = nnx.split(OwnNnx(w, b), nnx.Param, ...)
+
+    def run(module, x):
+        return module(x)[0]
+
+    def predict(params, x):
+        module = nnx.merge(graphdef, params, rest)
+        return jnp.tanh((nnx.remat(run) if remat else run)(module, x))
+
+    spec, received = statistics_of(predict, params)
+    assert (spec.kernel, spec.bias, spec.routed) == ("w", "b", remat)
+    assert_equal(received, flax_statistics())
+
+
+def test_a_layer_that_describes_itself_as_untreatable():
+    class Odd(OwnLinen):
+        pass
+
+    tkfac.register_layer(Odd, lambda *_: "Odd layers are odd")
+    x, w, b, _ = data()
+    with pytest.raises(ValueError, match="'w': Odd layers are odd"):
+        tkfac.find_layers(
+            lambda p, x: Odd().apply({"params": p}, x)[0],
+            {"w": w, "b": b},
+            x,
+            on_unsupported="ignore",
+        )
+
+
+def test_messages(unchecked):
+    x, w, _, _ = data()
+    with pytest.raises(ValueError, match="is not a class with a method 'run'"):
+        tkfac.register_layer(OwnLinen, describe, method="run")
+    with pytest.raises(ValueError, match="layer 'first': kind='conv'; expected"):
+        tkfac.find_layers(
+            lambda p, x: tkfac.tag(x @ p["w"], x, name="first", kernel=p["w"], kind="conv"),
+            {"w": w},
+            x,
+        )
