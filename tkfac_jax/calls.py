@@ -8,6 +8,7 @@ of them end in `report`, which shows the call to the observer of the moment (`ob
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -72,14 +73,26 @@ Observer = Callable[[Call], Any]
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
     "tkfac_jax_observer", default=None
 )
+# A function that JAX has traced already (jax.checkpoint and jax.jit keep traces) would be traced again
+# under a value that it has not seen.
+_trace_context = jax.make_user_context(default_value=None)
+_trace_numbers = itertools.count()
 # Hooks of other libraries that must be switched on while an observer is set.
 HOOKS: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
 
 
 @contextlib.contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Shows `observer` each call of a layer in the context; what it returns replaces the layer's output."""
+def observing(observer: Observer, *, retrace: bool = True) -> Iterator[None]:
+    """Shows `observer` each call of a layer in the context; what it returns replaces the layer's output.
+
+    Args:
+      observer: what is shown the calls.
+      retrace: functions inside that JAX has traced already are traced again, so that no call is
+        hidden; outside of a trace that compiles them again, too.
+    """
     with contextlib.ExitStack() as stack:
+        if retrace:
+            stack.enter_context(_trace_context(next(_trace_numbers)))
         for hook in HOOKS:
             stack.enter_context(hook())
         reset = _observer.set(observer)

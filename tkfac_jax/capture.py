@@ -239,7 +239,8 @@ def tagging(
         accumulate = functools.partial(_accumulate, spec, layer.form, options)
         return _tag(layer.output, inputs, counting, slot, accumulate)
 
-    with observing(observe):
+    # Entries in params make transformations trace again by themselves; a name does not.
+    with observing(observe, retrace=any(spec.named for spec in layers.values())):
         yield Tagged(routes.params, tagged)
 
 

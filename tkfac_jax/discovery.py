@@ -46,6 +46,7 @@ class _Use(NamedTuple):
     dtype: np.dtype
     as_it_stands: bool
     routed: bool
+    named: bool
     name: str | None
 
 
@@ -209,6 +210,7 @@ def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, not
         dtype,
         kernel.as_it_stands and (bias is None or bias.as_it_stands),
         not kernel.as_it_stands and kernel.entry is not None,
+        not kernel.as_it_stands and kernel.entry is None,
         call.name,
     )
     notes.uses.setdefault(kernel.name, []).append(use)
@@ -262,6 +264,7 @@ def _spec(
         psi=Structure.of_size(first.layout.d_out, limit, large),
         stack=first.stack,
         routed=any(use.routed for use in uses),
+        named=any(use.named for use in uses),
         geometry=first.form if isinstance(first.form, Convolution) else None,
     )
 

@@ -36,6 +36,7 @@ class LayerSpec:
       stack: leading axes of the kernel along which layers are stacked, by their sizes; usually none.
       routed: the kernel reaches the layer through transformations, and the layer's statistics leave
         them through an entry next to the kernel in `params`; see `routes`.
+      named: the kernel is recognised by the name that was given to `tag`.
       geometry: for a convolution, how it visits its input; otherwise None.
     """
 
@@ -51,6 +52,7 @@ class LayerSpec:
     psi: Structure
     stack: tuple[int, ...] = ()
     routed: bool = False
+    named: bool = False
     geometry: Convolution | None = None
 
     @property
