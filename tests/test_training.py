@@ -206,7 +206,7 @@ def test_messages(unchecked):
     with pytest.raises(ValueError, match=r"inverse_interval=1\.5; expected a whole number"):
         make(optimizer, inverse_interval=1.5)
     with pytest.raises(
-        ValueError, match="estimator=.true.; expected .sampled., .empirical. or .exact."
+        ValueError, match=r"estimator=.true.; expected .sampled., .empirical. or .exact."
     ):
         make(optimizer, estimator="true")
     with pytest.raises(ValueError, match="needs a key: pass key="):
