@@ -133,54 +133,6 @@ def test_the_readme_shows_the_table():
     assert table() in readme.read_text(), "python tests/coverage_cases.py writes the table"
 
 
-class Wrapper(nn.Module):
-    """Layers inside layers: attention, or a cell unrolled over time by nn.RNN."""
-
-    kind: str
-
-    @nn.compact
-    def __call__(self, x):
-        if self.kind == "attention":
-            return nn.MultiHeadDotProductAttention(2, name="inner", **F64)(x)
-        cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "simple": nn.SimpleCell}
-        return nn.RNN(cells[self.kind](3, name="cell", **F64), name="inner")(x)
-
-
-@pytest.mark.parametrize("kind", ["attention", "lstm", "gru", "simple"])
-def test_composed_layers_of_linen(kind):
-    """One position, so that each projection is used once: the gradient of an example is `a g^T`."""
-    x = jax.random.normal(jax.random.key(0), (3, 1, 4), jnp.float64)
-    model = Wrapper(kind)
-    params = model.init(jax.random.key(1), x)["params"]
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-
-    def predict(params, x):
-        return jnp.tanh(model.apply({"params": params}, x)).reshape(len(x), -1)
-
-    layers = tkfac.find_layers(predict, params, x)
-    assert not layers.fallback
-    targets = jnp.ones(jax.eval_shape(predict, params, x).shape)
-    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=targets)
-
-    def loss(params, x, y):
-        return 0.5 * jnp.sum((predict(params, x[None])[0] - y) ** 2)
-
-    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, targets)
-    for name, spec in layers.items():
-        own = functools.reduce(lambda tree, key: tree[key], name.split("/"), grads)
-        rows = [np.asarray(own["kernel"]).reshape(3, -1, spec.d_out)]
-        if spec.has_bias:
-            rows.append(np.asarray(own["bias"]).reshape(3, 1, spec.d_out))
-        w = np.concatenate(rows, axis=1)
-        expected = (
-            np.mean([m @ m.T for m in w], axis=0),
-            np.mean([m.T @ m for m in w], axis=0),
-            np.mean([np.sum(m * m) for m in w]),
-        )
-        for array, reference in zip(received[name], expected, strict=True):
-            np.testing.assert_allclose(array, reference, **ROUNDING)
-
-
 def test_tied_embeddings_add_their_uses_up():
     """Lookup and attend on one table: the sum of the statistics of two tables that are equal."""
 

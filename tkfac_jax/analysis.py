@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from tkfac_jax.capture import Rule, trace_restricted
 from tkfac_jax.estimators import Batch, exact_estimate
 from tkfac_jax.factors import KroneckerFactors, kronecker_factors
+from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers, LayerSpec, parameter_name, visible_layers
-from tkfac_jax.likelihoods import as_likelihood
 from tkfac_jax.statistics import HIGHEST, Likelihoods, Sharings, exact_fisher
 from tkfac_jax.structures import dense as dense_matrix
 

@@ -20,8 +20,8 @@ from tkfac_jax.factors import (
 )
 from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
-from tkfac_jax.statistics import Statistics, check_statistics
 from tkfac_jax.structures import identity
+from tkfac_jax.tagged import Statistics, check_statistics
 
 Averaging = Literal["factors", "moments"]
 
@@ -47,6 +47,23 @@ class TkfacState(NamedTuple):
     skipped_statistics: Int[Array, ""]
     failed_inversions: Int[Array, ""]
     refreshed: dict[str, Int[Array, ""]]
+
+
+def find_state(opt_state: Any) -> TkfacState:
+    """The one `TkfacState` in an optimizer's state.
+
+    Raises:
+      ValueError: there is none, or there are several.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, TkfacState))
+    found = [leaf for leaf in leaves if isinstance(leaf, TkfacState)]
+    if len(found) != 1:
+        msg = (
+            f"the optimizer state holds {len(found)} TkfacState; expected exactly one. Give the state of an optimizer "
+            "with one scale_by_tkfac in it, such as tkfac(...)."
+        )
+        raise ValueError(msg)
+    return found[0]
 
 
 class Curvature(NamedTuple):

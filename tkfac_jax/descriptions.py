@@ -1,14 +1,16 @@
 """Layer calls from the attributes that Flax gives its layer classes, in Linen and NNX alike."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tkfac_jax.calls import LayerCall
+from tkfac_jax.calls import LayerCall, attend_call, conv_call, embed_call
 from tkfac_jax.matrices import Contraction, Convolution, Layout, Scaling
+
+Parameters = Mapping[str, Any]
 
 
 def broadcast(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
@@ -186,3 +188,95 @@ def norm_call(scale: Any, bias: Any, normalised: Callable[[], Array], output: Ar
     (size,) = jnp.shape(kernel)
     layout = Layout((size, 1), (), (0,), (1,), *(((), 0) if bias is None else ((0,), size)))
     return LayerCall("norm", kernel, bias, normalised, output, layout, form)
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """The first argument of a call."""
+    return args[0] if args else kwargs[name]
+
+
+def refused(reason: str) -> Callable[..., str]:
+    """Describes a layer that cannot be treated."""
+    return lambda *_: reason
+
+
+def describe_einsum(
+    module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
+) -> LayerCall | str:
+    """Describes a call of Einsum."""
+    equation = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+    return contraction_of_einsum(
+        equation or module.einsum_str or "",
+        parameters["kernel"],
+        parameters.get("bias"),
+        argument(args, kwargs, "inputs"),
+        output,
+    )
+
+
+def describe_conv(
+    module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
+) -> LayerCall | str:
+    """Describes a call of Conv."""
+    if module.mask is not None:
+        return "a masked kernel is not supported"
+    geometry = convolution(
+        module.kernel_size,
+        module.strides,
+        module.padding,
+        module.kernel_dilation,
+        module.input_dilation,
+        module.feature_group_count,
+    )
+    inputs = argument(args, kwargs, "inputs")
+    return conv_call(
+        parameters["kernel"], inputs, output, parameters.get("bias"), geometry=geometry
+    )
+
+
+def describe_conv_transpose(
+    module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
+) -> LayerCall | str:
+    """Describes a call of ConvTranspose."""
+    if module.mask is not None:
+        return "a masked kernel is not supported"
+    geometry = transposed_convolution(
+        module.kernel_size,
+        module.strides,
+        module.padding,
+        module.kernel_dilation,
+        module.transpose_kernel,
+    )
+    if isinstance(geometry, str):
+        return geometry
+    return conv_call(
+        parameters["kernel"],
+        argument(args, kwargs, "inputs"),
+        output,
+        parameters.get("bias"),
+        geometry=geometry,
+        transposed=module.transpose_kernel,
+    )
+
+
+def describe_embed(
+    module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
+) -> LayerCall:
+    """Describes a lookup of Embed."""
+    del module
+    return embed_call(parameters["embedding"], argument(args, kwargs, "inputs"), output)
+
+
+def describe_attend(
+    module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
+) -> LayerCall:
+    """Describes a call of Embed.attend."""
+    del module
+    return attend_call(parameters["embedding"], argument(args, kwargs, "query"), output)
+
+
+def scales_last_axis(module: Any, output: Array) -> bool:
+    """Whether the features of a norm are on the last axis."""
+    names = ("axis", "feature_axes", "feature_axis")
+    axes = next((getattr(module, name) for name in names if hasattr(module, name)), -1)
+    return broadcast(axes, 1) in ((-1,), (output.ndim - 1,))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tkfac_jax.curvature import Averaging, TkfacState
+from tkfac_jax.curvature import Averaging, TkfacState, find_state
 from tkfac_jax.damping import Damping, FactoredDamping, Value, normal_damping
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
@@ -98,7 +98,7 @@ def diagnostics(
             f'averaging={averaging!r}; expected "factors" or "moments", as the optimizer was given.'
         )
         raise ValueError(msg)
-    state = _find_state(state)
+    state = find_state(state)
     active = _active_layers(state, layers)
     ratios: dict[str, tuple[Array | None, Array | None]] = dict.fromkeys(active, (None, None))
     if damping is not None:
@@ -173,18 +173,6 @@ def _not_finite(layer: LayerDiagnostics) -> list[str]:
         if values is not None
         and not np.all(np.isfinite(values) | (silent & field.endswith("_ratio")))
     ]
-
-
-def _find_state(opt_state: Any) -> TkfacState:
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, TkfacState))
-    found = [leaf for leaf in leaves if isinstance(leaf, TkfacState)]
-    if len(found) != 1:
-        msg = (
-            f"the optimizer state holds {len(found)} TkfacState; diagnostics needs exactly one. Give it the "
-            "state of an optimizer with one scale_by_tkfac in it, or one of its TkfacState."
-        )
-        raise ValueError(msg)
-    return found[0]
 
 
 def _active_layers(state: TkfacState, layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tkfac_jax.calls import Call, LayerCall, observing
+from tkfac_jax.dependence import applied_once
 from tkfac_jax.layers import Layers, LayerSpec, named_leaves
 from tkfac_jax.matrices import Convolution, Form, Layout
 from tkfac_jax.provenance import check_values
@@ -57,11 +58,13 @@ class _Notes(NamedTuple):
       uses: by kernel, the uses that can be treated.
       reasons: by parameter, why it is left to the fallback.
       remarks: by parameter, what to say if no use has been found.
+      norms: the parameters of norms.
     """
 
     uses: dict[str, list[_Use]]
     reasons: dict[str, str]
     remarks: dict[str, str]
+    norms: set[str]
 
 
 def find_layers(
@@ -122,8 +125,9 @@ def find_layers(
 
     specs = []
     for kernel, kernel_uses in notes.uses.items():
-        for bias in {use.bias: None for use in kernel_uses if use.bias is not None}:
-            notes.remarks[bias] = f"it goes with '{kernel}'"
+        notes.remarks.update(
+            {use.bias: f"it goes with '{kernel}'" for use in kernel_uses if use.bias is not None}
+        )
         if kernel in notes.reasons:
             continue
         reason = _conflict(kernel_uses)
@@ -133,7 +137,7 @@ def find_layers(
             notes.reasons[kernel] = reason
     order = list(shapes)
     specs.sort(key=lambda spec: order.index(spec.kernel))
-    specs = _keep_unchanged(specs, notes, fun, params, args, kwargs)
+    specs = _keep_treatable(specs, notes, fun, params, args, kwargs)
     owned = {name for spec in specs for name in (spec.kernel, spec.bias)}
     said = dict.fromkeys(shapes, NOT_FOUND) | notes.remarks | notes.reasons
     fallback = tuple((name, said[name]) for name in shapes if name not in owned)
@@ -143,7 +147,10 @@ def find_layers(
             or "params has no leaves. Pass the parameters that fun applies its modules with."
         )
         raise ValueError(msg)
-    _report_kernels(fallback, shapes, on_unsupported)
+    # What stacks a norm's scale or a bias gives it a second axis, but makes no kernel of it.
+    vectors = {use.bias for uses in notes.uses.values() for use in uses} | notes.norms
+    kernels = [(n, why) for n, why in fallback if len(shapes[n]) >= 2 and n not in vectors]
+    _report_kernels(kernels, shapes, on_unsupported)
     return Layers(tuple(specs), fallback)
 
 
@@ -152,7 +159,7 @@ def _trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, no
     arrays, combine = split_arrays((args, kwargs))
 
     def watch(with_entries: bool) -> _Notes:
-        notes = _Notes({}, {}, {})
+        notes = _Notes({}, {}, {}, set())
 
         def traced(params: Any, arrays: list[Any]) -> Any:
             # Two leaves may be one tracer only outside of a trace: here each has its own.
@@ -177,6 +184,8 @@ def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, not
     layer = call.layer
     if not isinstance(layer, LayerCall) or (layer.kind == "norm" and norms == "fallback"):
         for match in filter(None, (routes.match(call, key) for key in call.parameters)):
+            if isinstance(layer, LayerCall):
+                notes.norms.add(match.name)
             if layer is None:
                 notes.remarks[match.name] = OTHER_METHOD
             elif not any(use.name for use in notes.uses.get(match.name, ())):
@@ -269,7 +278,7 @@ def _spec(
     )
 
 
-def _keep_unchanged(
+def _keep_treatable(
     specs: list[LayerSpec],
     notes: _Notes,
     fun: Callable[..., Any],
@@ -277,13 +286,13 @@ def _keep_unchanged(
     args: Any,
     kwargs: Any,
 ) -> list[LayerSpec]:
-    """Leaves out the layers whose kernel is not the parameter itself."""
+    """Leaves out the layers whose kernel is not the parameter itself, or that see no examples."""
     suspects = [
         spec for spec in specs if not all(use.as_it_stands for use in notes.uses[spec.kernel])
     ]
-    if not suspects:
-        return specs
-    reasons = check_values(fun, params, args, kwargs, suspects)
+    reasons = check_values(fun, params, args, kwargs, suspects) if suspects else {}
+    specs = [spec for spec in specs if spec.kernel not in reasons]
+    reasons |= applied_once(fun, params, args, kwargs, specs)
     notes.reasons.update(reasons)
     return [spec for spec in specs if spec.kernel not in reasons]
 
@@ -308,11 +317,9 @@ def _check_options(on_unsupported: Any, norms: Any, max_factor_size: Any, large:
 
 
 def _report_kernels(
-    fallback: tuple[tuple[str, str], ...], shapes: Mapping[str, tuple[int, ...]], how: str
+    kernels: list[tuple[str, str]], shapes: Mapping[str, tuple[int, ...]], how: str
 ) -> None:
-    for name, reason in fallback:
-        if len(shapes[name]) < 2 or how == "ignore":
-            continue
+    for name, reason in kernels if how != "ignore" else ():
         message = (
             f"kernel '{name}' of shape {shapes[name]} is left to the fallback optimizer: {reason}. "
             'Pass on_unsupported="ignore" to find_layers to accept this.'

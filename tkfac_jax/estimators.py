@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tkfac_jax.joint import check_closed_form
+
 Estimator = Literal["sampled", "empirical", "exact"]
 PullBack = Callable[[Any], Any]
 Estimate = Callable[[Any, PullBack], Any]
@@ -86,12 +88,7 @@ def exact_estimate(likelihood: Any) -> Callable[[Batch], Estimate]:
     Raises:
       ValueError: the likelihood does not say what its Fisher is.
     """
-    if not hasattr(likelihood, "fisher_vector") or not hasattr(likelihood, "num_fisher_vectors"):
-        msg = (
-            f"{type(likelihood).__name__} has no closed form: the exact Fisher needs its methods "
-            "num_fisher_vectors(outputs) and fisher_vector(outputs, index). Take the sampled Fisher."
-        )
-        raise ValueError(msg)
+    check_closed_form(likelihood)
 
     def on(batch: Batch) -> Estimate:
         def estimate(outputs: Any, pull_back: PullBack) -> Any:

@@ -5,7 +5,7 @@ those that users register.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,21 +16,24 @@ from tkfac_jax.calls import (
     ROUTE_PREFIX,
     Call,
     LayerCall,
-    attend_call,
-    conv_call,
     dense_call,
     describe_call,
-    embed_call,
     register_layer,
     report,
 )
 from tkfac_jax.descriptions import (
+    Parameters,
+    argument,
     broadcast,
     contraction_of_axes,
-    contraction_of_einsum,
-    convolution,
+    describe_attend,
+    describe_conv,
+    describe_conv_transpose,
+    describe_einsum,
+    describe_embed,
     norm_call,
-    transposed_convolution,
+    refused,
+    scales_last_axis,
 )
 
 
@@ -70,13 +73,6 @@ def _own_parameters(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, routes
 
 
-Parameters = Mapping[str, Any]
-
-
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
-    return args[0] if args else kwargs[name]
-
-
 def _own_dot_general(module: Any) -> bool:
     return module.dot_general is not None or module.dot_general_cls is not None
 
@@ -86,7 +82,7 @@ def _dense(
 ) -> LayerCall | str:
     if _own_dot_general(module):
         return "a Dense layer with its own dot_general is not supported"
-    inputs = _argument(args, kwargs, "inputs")
+    inputs = argument(args, kwargs, "inputs")
     return dense_call(parameters["kernel"], inputs, output, parameters.get("bias"))
 
 
@@ -95,7 +91,7 @@ def _dense_general(
 ) -> LayerCall | str:
     if _own_dot_general(module):
         return "a DenseGeneral layer with its own dot_general is not supported"
-    inputs = _argument(args, kwargs, "inputs")
+    inputs = argument(args, kwargs, "inputs")
     return contraction_of_axes(
         parameters["kernel"],
         parameters.get("bias"),
@@ -106,83 +102,18 @@ def _dense_general(
     )
 
 
-def _einsum(
-    module: nn.Einsum, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall | str:
-    equation = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-    return contraction_of_einsum(
-        equation or module.einsum_str or "",
-        parameters["kernel"],
-        parameters.get("bias"),
-        _argument(args, kwargs, "inputs"),
-        output,
-    )
-
-
 def _conv(
     module: nn.Conv, parameters: Parameters, args: Any, kwargs: Any, output: Any
 ) -> LayerCall | str:
-    if module.mask is not None:
-        return "a masked kernel is not supported"
     if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
         return "a convolution with its own conv_general_dilated is not supported"
-    geometry = convolution(
-        module.kernel_size,
-        module.strides,
-        module.padding,
-        module.kernel_dilation,
-        module.input_dilation,
-        module.feature_group_count,
-    )
-    inputs = _argument(args, kwargs, "inputs")
-    return conv_call(
-        parameters["kernel"], inputs, output, parameters.get("bias"), geometry=geometry
-    )
-
-
-def _conv_transpose(
-    module: nn.ConvTranspose, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall | str:
-    if module.mask is not None:
-        return "a masked kernel is not supported"
-    geometry = transposed_convolution(
-        module.kernel_size,
-        module.strides,
-        module.padding,
-        module.kernel_dilation,
-        module.transpose_kernel,
-    )
-    if isinstance(geometry, str):
-        return geometry
-    return conv_call(
-        parameters["kernel"],
-        _argument(args, kwargs, "inputs"),
-        output,
-        parameters.get("bias"),
-        geometry=geometry,
-        transposed=module.transpose_kernel,
-    )
-
-
-def _embed(
-    module: nn.Embed, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall | str:
-    del module
-    return embed_call(parameters["embedding"], _argument(args, kwargs, "inputs"), output)
-
-
-def _attend(
-    module: nn.Embed, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall | str:
-    del module
-    return attend_call(parameters["embedding"], _argument(args, kwargs, "query"), output)
+    return describe_conv(module, parameters, args, kwargs, output)
 
 
 def _norm(
     module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
 ) -> LayerCall | str:
-    axes = module.axis if hasattr(module, "axis") else getattr(module, "feature_axes", -1)
-    if broadcast(axes, 1) not in ((-1,), (output.ndim - 1,)):
+    if not scales_last_axis(module, output):
         return f"{type(module).__name__} with features on axes other than the last is not supported"
     plain = module.clone(
         parent=None, **{name: False for name in ("use_scale", "use_bias") if hasattr(module, name)}
@@ -195,19 +126,15 @@ def _norm(
     return norm_call(parameters.get("scale"), parameters.get("bias"), normalised, output)
 
 
-def _refused(reason: str) -> Callable[..., str]:
-    return lambda *_: reason
-
-
 register_layer(nn.Dense, _dense)
 register_layer(nn.DenseGeneral, _dense_general)
-register_layer(nn.Einsum, _einsum)
+register_layer(nn.Einsum, describe_einsum)
 register_layer(nn.Conv, _conv)
 register_layer(
-    nn.ConvLocal, _refused("ConvLocal has a kernel of its own at every location: not supported")
+    nn.ConvLocal, refused("ConvLocal has a kernel of its own at every location: not supported")
 )
-register_layer(nn.ConvTranspose, _conv_transpose)
-register_layer(nn.Embed, _embed)
-register_layer(nn.Embed, _attend, method="attend")
+register_layer(nn.ConvTranspose, describe_conv_transpose)
+register_layer(nn.Embed, describe_embed)
+register_layer(nn.Embed, describe_attend, method="attend")
 for norm in (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm):
     register_layer(norm, _norm)

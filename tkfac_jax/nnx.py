@@ -7,7 +7,7 @@ Variable, which reads as before: so it goes through `nnx.merge` and every transf
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,22 +17,25 @@ from tkfac_jax.calls import (
     ON_REGISTER,
     Call,
     LayerCall,
-    attend_call,
-    conv_call,
     dense_call,
     describe_as,
-    embed_call,
     is_observed,
     register_layer,
     report,
 )
 from tkfac_jax.descriptions import (
+    Parameters,
+    argument,
     broadcast,
     contraction_of_axes,
-    contraction_of_einsum,
-    convolution,
+    describe_attend,
+    describe_conv,
+    describe_conv_transpose,
+    describe_einsum,
+    describe_embed,
     norm_call,
-    transposed_convolution,
+    refused,
+    scales_last_axis,
 )
 
 METADATA = "tkfac"
@@ -138,19 +141,12 @@ def _own_parameters(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, routes
 
 
-Parameters = Mapping[str, Any]
-
-
-def _argument(args: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    return args[0] if args else kwargs[name]
-
-
 def _linear(
     module: nnx.Linear, parameters: Parameters, args: Any, kwargs: Any, output: Any
 ) -> LayerCall | str:
     if module.dot_general is not jax.lax.dot_general:
         return "a Linear layer with its own dot_general is not supported"
-    inputs = _argument(args, kwargs, "inputs")
+    inputs = argument(args, kwargs, "inputs")
     return dense_call(parameters["kernel"], inputs, output, parameters.get("bias"))
 
 
@@ -163,97 +159,25 @@ def _linear_general(
     return contraction_of_axes(
         parameters["kernel"],
         parameters.get("bias"),
-        _argument(args, kwargs, "inputs"),
+        argument(args, kwargs, "inputs"),
         output,
         axes=broadcast(module.axis, 1),
         batch_axes=tuple(module.batch_axis),
     )
 
 
-def _einsum(
-    module: nnx.Einsum, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall | str:
-    equation = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-    return contraction_of_einsum(
-        equation or module.einsum_str or "",
-        parameters["kernel"],
-        parameters.get("bias"),
-        _argument(args, kwargs, "inputs"),
-        output,
-    )
-
-
 def _conv(
     module: nnx.Conv, parameters: Parameters, args: Any, kwargs: Any, output: Any
 ) -> LayerCall | str:
-    if module.mask is not None:
-        return "a masked kernel is not supported"
     if module.conv_general_dilated is not jax.lax.conv_general_dilated:
         return "a convolution with its own conv_general_dilated is not supported"
-    geometry = convolution(
-        module.kernel_size,
-        module.strides,
-        module.padding,
-        module.kernel_dilation,
-        module.input_dilation,
-        module.feature_group_count,
-    )
-    inputs = _argument(args, kwargs, "inputs")
-    return conv_call(
-        parameters["kernel"], inputs, output, parameters.get("bias"), geometry=geometry
-    )
-
-
-def _conv_transpose(
-    module: nnx.ConvTranspose, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall | str:
-    if module.mask is not None:
-        return "a masked kernel is not supported"
-    geometry = transposed_convolution(
-        module.kernel_size,
-        module.strides,
-        module.padding,
-        module.kernel_dilation,
-        module.transpose_kernel,
-    )
-    if isinstance(geometry, str):
-        return geometry
-    return conv_call(
-        parameters["kernel"],
-        _argument(args, kwargs, "inputs"),
-        output,
-        parameters.get("bias"),
-        geometry=geometry,
-        transposed=module.transpose_kernel,
-    )
-
-
-def _embed(
-    module: nnx.Embed, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall:
-    del module
-    return embed_call(parameters["embedding"], _argument(args, kwargs, "inputs"), output)
-
-
-def _attend(
-    module: nnx.Embed, parameters: Parameters, args: Any, kwargs: Any, output: Any
-) -> LayerCall:
-    del module
-    return attend_call(parameters["embedding"], _argument(args, kwargs, "query"), output)
+    return describe_conv(module, parameters, args, kwargs, output)
 
 
 def _norm(
     module: Any, parameters: Parameters, args: Any, kwargs: Any, output: Any
 ) -> LayerCall | str:
-    axes = next(
-        (
-            getattr(module, name)
-            for name in ("axis", "feature_axes", "feature_axis")
-            if hasattr(module, name)
-        ),
-        -1,
-    )
-    if broadcast(axes, 1) not in ((-1,), (output.ndim - 1,)):
+    if not scales_last_axis(module, output):
         return f"{type(module).__name__} with features on axes other than the last is not supported"
 
     def normalised() -> Any:
@@ -269,17 +193,13 @@ def _norm(
     return norm_call(parameters.get("scale"), parameters.get("bias"), normalised, output)
 
 
-def _refused(reason: str) -> Callable[..., str]:
-    return lambda *_: reason
-
-
 register_layer(nnx.Linear, _linear)
 register_layer(nnx.LinearGeneral, _linear_general)
-register_layer(nnx.Einsum, _einsum)
+register_layer(nnx.Einsum, describe_einsum)
 register_layer(nnx.Conv, _conv)
-register_layer(nnx.ConvTranspose, _conv_transpose)
-register_layer(nnx.Embed, _embed)
-register_layer(nnx.Embed, _attend, method="attend")
-register_layer(nnx.LoRA, _refused("LoRA multiplies two matrices at once: not supported"))
+register_layer(nnx.ConvTranspose, describe_conv_transpose)
+register_layer(nnx.Embed, describe_embed)
+register_layer(nnx.Embed, describe_attend, method="attend")
+register_layer(nnx.LoRA, refused("LoRA multiplies two matrices at once: not supported"))
 for norm in (nnx.LayerNorm, nnx.RMSNorm, nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm):
     register_layer(norm, _norm)

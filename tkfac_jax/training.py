@@ -8,11 +8,11 @@ import numpy as np
 import optax
 
 from tkfac_jax.capture import Rule, trace_restricted
-from tkfac_jax.curvature import TkfacState
+from tkfac_jax.curvature import find_state
 from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimator, nll_of
+from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers
-from tkfac_jax.likelihoods import as_likelihood
 from tkfac_jax.statistics import (
     HIGHEST,
     Likelihoods,
@@ -159,7 +159,7 @@ class _HostCounter:
 
     def read(self, opt_state: Any) -> int:
         """The number of the step that `opt_state` is about to make."""
-        step = _step_array(opt_state)
+        step = find_state(opt_state).step
         if step is not self._seen:
             self._number = int(np.asarray(step).flat[0])
         return self._number
@@ -167,16 +167,4 @@ class _HostCounter:
     def advance(self, opt_state: Any) -> None:
         """Counts one step, which returned `opt_state`."""
         self._number += 1
-        self._seen = _step_array(opt_state)
-
-
-def _step_array(opt_state: Any) -> Any:
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, TkfacState))
-    found = [leaf for leaf in leaves if isinstance(leaf, TkfacState)]
-    if len(found) != 1:
-        msg = (
-            f"the optimizer state holds {len(found)} TkfacState; make_train_step needs an optimizer with "
-            "exactly one scale_by_tkfac in it, such as tkfac(...)."
-        )
-        raise ValueError(msg)
-    return found[0].step
+        self._seen = find_state(opt_state).step

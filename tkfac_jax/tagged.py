@@ -1,0 +1,138 @@
+"""A model whose layers are tagged, so that derivatives of its outputs can be pulled back to statistics."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tkfac_jax.capture import Counting, LayerStatistics, Options, tagging, zero_slots
+from tkfac_jax.discovery import unjitted
+from tkfac_jax.estimators import Batch, Estimate
+from tkfac_jax.layers import Layers, visible_layers
+
+Statistics = dict[str, LayerStatistics]
+
+
+class TaggedModel(NamedTuple):
+    """A model whose registered layers are tagged, so that a pull-back yields their statistics."""
+
+    predict: Callable[..., Any]
+    layers: Layers
+    options: Options
+    has_aux: bool
+
+    @classmethod
+    def build(
+        cls, predict: Callable[..., Any], layers: Layers, options: Options, has_aux: bool
+    ) -> "TaggedModel":
+        """Checks the options."""
+        _check_options(options, layers)
+        return cls(unjitted(predict), layers, options, has_aux)
+
+    def statistics(
+        self,
+        estimate: Estimate,
+        batch: Batch,
+        axis_name: str | None,
+        params: Any,
+        args: Any,
+        kwargs: Any,
+    ) -> Statistics:
+        """The statistics by an estimate."""
+        outputs, pull_back, _ = self.linearize(False, batch, params, args, kwargs)
+        statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[0])
+        return average(statistics, axis_name)
+
+    def linearize(
+        self, with_gradient: bool, batch: Batch, params: Any, args: Any, kwargs: Any
+    ) -> tuple[Any, Callable[[Any], Any], Any]:
+        """Outputs, aux, and the map from output derivatives to `([gradient,] statistics)` summed over examples."""
+        visible_layers(self.layers, params, "params")
+        slots = zero_slots(self.layers)
+        if with_gradient:
+
+            def both(params: Any, slots: Statistics) -> tuple[Any, Any]:
+                return self._call(params, slots, batch, args, kwargs)
+
+            return jax.vjp(both, params, slots, has_aux=True)
+        distinct = _distinct(params)
+
+        def statistics_only(slots: Statistics) -> tuple[Any, Any]:
+            return self._call(distinct, slots, batch, args, kwargs)
+
+        return jax.vjp(statistics_only, slots, has_aux=True)
+
+    def _call(
+        self, params: Any, slots: Statistics, batch: Batch, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        counting = Counting(batch.location_mask, batch.weights)
+        with tagging(self.layers, params, slots, self.options, counting) as tagged:
+            predicted = self.predict(tagged.params, *args, **kwargs)
+        for name in self.layers:
+            if name not in tagged.names:
+                msg = (
+                    f"layer '{name}' was not applied to its kernel, so it has no statistics. Pass the same "
+                    "predict and params as to find_layers, and call it as it was called there."
+                )
+                raise ValueError(msg)
+        return predicted if self.has_aux else (predicted, None)
+
+
+def _distinct(params: Any) -> Any:
+    """Copies leaves that are one object in two places: layers are told apart by identity."""
+    seen: set[int] = set()
+
+    def copy_if_seen(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jnp.array(leaf, copy=True)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(copy_if_seen, params)
+
+
+def average(statistics: Statistics, axis_name: str | None) -> Statistics:
+    """The mean of statistics over a mapped axis, if there is one."""
+    return statistics if axis_name is None else jax.lax.pmean(statistics, axis_name)
+
+
+def _check_options(options: Options, layers: Layers) -> None:
+    sharing = options.sharing
+    of_layers = {".": sharing} if isinstance(sharing, str) else sharing
+    if not isinstance(of_layers, Mapping) or any(
+        value not in ("expand", "reduce") for value in of_layers.values()
+    ):
+        msg = f'sharing={sharing!r}; expected "expand" or "reduce", or one of them for each layer.'
+        raise ValueError(msg)
+    unknown = [] if isinstance(sharing, str) else [name for name in of_layers if name not in layers]
+    if unknown:
+        msg = f"sharing names {unknown}; the layers are {sorted(layers)}."
+        raise ValueError(msg)
+    if not callable(options.rule):
+        msg = (
+            f"rule={options.rule!r}; expected tkfac_jax.trace_restricted or tkfac_jax.independent."
+        )
+        raise ValueError(msg)
+
+
+def check_statistics(statistics: Any, layers: Layers) -> None:
+    """Refuses statistics that are not those of the layers.
+
+    Raises:
+      ValueError: a layer is missing or unknown, or its statistics have other shapes.
+    """
+    if not isinstance(statistics, dict) or set(statistics) != set(layers):
+        received = sorted(statistics) if isinstance(statistics, dict) else type(statistics).__name__
+        msg = (
+            f"statistics are for {received}; expected a dictionary for the layers {sorted(layers)}. "
+            "Build the Fisher function and the optimizer from the same layers."
+        )
+        raise ValueError(msg)
+    for name, spec in layers.items():
+        batch = spec.batch
+        expected = ((*batch, *spec.phi.shape), (*batch, *spec.psi.shape), batch)
+        received = tuple(jnp.shape(array) for array in statistics[name])
+        if received != expected:
+            msg = f"statistics of layer '{name}' have shapes {received}; expected {expected}."
+            raise ValueError(msg)
