@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,53 @@ def test_a_registered_layer_of_nnx(remat):
     spec, received = statistics_of(predict, params)
     assert (spec.kernel, spec.bias, spec.routed) == ("w", "b", remat)
     assert_equal(received, flax_statistics())
+
+
+class Linear(eqx.Module):
+    """A layer of Equinox that marks its output."""
+
+    weight: jax.Array
+    bias: jax.Array
+    name: str = eqx.field(static=True)
+
+    def __call__(self, x):
+        return tkfac.tag(
+            self.weight @ x + self.bias,
+            x,
+            name=self.name,
+            kernel=self.weight,
+            bias=self.bias,
+            transposed=True,
+        )
+
+
+def test_equinox():
+    """A model that is written for one example and mapped, with kernels `(d_out, d_in)`, trained."""
+    x, w, b, y = data()
+    params, static = eqx.partition(Linear(w.T, b, "only"), eqx.is_array)
+
+    def predict(params, x):
+        return jnp.tanh(jax.vmap(eqx.combine(params, static))(x))
+
+    spec, received = statistics_of(predict, params)
+    assert (spec.name, spec.kernel, spec.bias) == ("only", "weight", "bias")
+    assert_equal(received, flax_statistics())
+
+    optimizer = tkfac.tkfac(0.1, tkfac.Layers((spec,)), damping=0.1)
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Normal(),
+        optimizer,
+        layers=tkfac.Layers((spec,)),
+        fisher_interval=1,
+        inverse_interval=1,
+        estimator="exact",
+    )
+    opt_state, losses = optimizer.init(params), []
+    for _ in range(5):
+        params, opt_state, metrics = step(params, opt_state, x, targets=y)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
 
 
 def test_a_layer_that_describes_itself_as_untreatable():

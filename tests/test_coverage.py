@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 from coverage_cases import F64, LAYERS, make, table
+from flax import nnx
 
 import tkfac_jax as tkfac
 
@@ -164,3 +165,44 @@ def test_tied_embeddings_add_their_uses_up():
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, **ROUNDING), received[1]["both"], expected
     )
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_batch_norm_in_training(framework):
+    """The block of scale and bias is that of the gradients of each example's own loss."""
+    x = jax.random.normal(jax.random.key(0), (5, 3, 4), jnp.float64)
+    values = {"bias": jnp.array([0.1, -0.3, 0.2, 0.4]), "scale": jnp.array([1.5, 0.0, -0.7, 1.0])}
+    if framework == "linen":
+        model = nn.BatchNorm(use_running_average=False, **F64)
+        state = model.init(jax.random.key(0), x)["batch_stats"]
+
+        def apply(params, x):
+            variables = {"params": params, "batch_stats": state}
+            return model.apply(variables, x, mutable=["batch_stats"])[0]
+
+        params = values
+    else:
+        graphdef, params, rest = nnx.split(
+            nnx.BatchNorm(4, rngs=nnx.Rngs(0), **F64), nnx.Param, ...
+        )
+        params = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(values))
+        # NNX makes the running averages in float32 whatever the dtype.
+        rest = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), rest)
+
+        def apply(params, x):
+            return nnx.merge(graphdef, params, rest, copy=True)(x)
+
+    def predict(params, x):
+        return jnp.tanh(apply(params, x)).sum(1)
+
+    layers = tkfac.find_layers(predict, params, x, norms="exact")
+    targets = jnp.ones((5, 4))
+    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=targets)
+
+    def losses(params):
+        return 0.5 * jnp.sum((predict(params, x) - targets) ** 2, -1)
+
+    bias, scale = (np.asarray(leaf) for leaf in jax.tree.leaves(jax.jacobian(losses)(params)))
+    rows = np.concatenate([scale, bias], 1)
+    np.testing.assert_allclose(received["."].input_moment, rows.T @ rows / 5, **ROUNDING)
+    np.testing.assert_allclose(received["."].trace, np.sum(rows**2) / 5, **ROUNDING)

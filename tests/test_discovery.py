@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
@@ -240,6 +241,86 @@ def test_kernels_that_are_changed_before_use_are_refused(change, reason):
     assert list(layers) == ["last"]
     (kernel,) = (name for name in layers.fallback if name.endswith("kernel"))
     assert reason in layers.fallback[kernel]
+
+
+class Cells(nn.Module):
+    """A recurrent cell that multiplies with several kernels at once."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.OptimizedLSTMCell(3, param_dtype=jnp.float64))(x)
+
+
+class Spectral(nn.Module):
+    """A layer whose kernel is divided by its largest singular value."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.SpectralNorm(nn.Dense(3))(x, update_stats=False)
+
+
+@pytest.mark.parametrize("module", [Cells, Spectral])
+def test_layers_of_linen_that_change_their_kernels_are_refused(module):
+    x = jnp.ones((2, 4, 3))
+    variables = module().init(jax.random.key(0), x)
+    others = {name: value for name, value in variables.items() if name != "params"}
+    last = init(nn.Dense(2), jnp.ones((2, 3)))
+
+    def predict(params, x):
+        y = module().apply({"params": params["odd"], **others}, x)
+        return nn.Dense(2).apply({"params": params["last"]}, y)
+
+    params = {"odd": variables["params"], "last": last}
+    layers = tkfac.find_layers(predict, params, x, on_unsupported="ignore")
+    assert list(layers) == ["last"]
+    assert all(layers.fallback.values())
+
+
+def own_dot_general(*args, **kwargs):
+    return jax.lax.dot_general(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (partial(nnx.Linear, 3, 3, dot_general=own_dot_general), "its own dot_general"),
+        (partial(nnx.LinearGeneral, 3, 3, dot_general=own_dot_general), "its own dot_general"),
+        (partial(nnx.LoRA, 3, 2, 3), "LoRA multiplies two matrices at once"),
+        (partial(nnx.Conv, 3, 3, (1,), mask=jnp.ones((1, 3, 3))), "a masked kernel"),
+    ],
+)
+def test_layers_of_nnx_that_are_left_by_name(make, reason):
+    x = jnp.ones((2, 4, 3))
+    graphdef, params, rest = nnx.split(
+        nnx.Sequential(make(rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1))), nnx.Param, ...
+    )
+    layers = tkfac.find_layers(
+        lambda p, x: nnx.merge(graphdef, p, rest)(x), params, x, on_unsupported="ignore"
+    )
+    assert list(layers) == ["layers/1"]
+    assert all(reason in text for name, text in layers.fallback.items() if "bias" not in name)
+
+
+def test_stacked_norms_are_not_reported_as_kernels():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.LayerNorm()(nn.Dense(3)(x)), None
+
+    net = nn.scan(Normed, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
+    x = jnp.ones((4, 3))
+    params = net.init(jax.random.key(0), x, None)["params"]
+
+    def predict(params, x):
+        return net.apply({"params": params}, x, None)[0]
+
+    layers = tkfac.find_layers(predict, params, x, on_unsupported="error")
+    assert dict(layers.fallback) == {
+        "LayerNorm_0/bias": discovery.NORM,
+        "LayerNorm_0/scale": discovery.NORM,
+    }
+    exact = tkfac.find_layers(predict, params, x, norms="exact", on_unsupported="error")
+    assert exact["LayerNorm_0"].batch == (2,)
 
 
 def test_a_function_that_refuses_further_entries_is_still_looked_into():

@@ -256,3 +256,13 @@ def test_factors_and_inverses_in_other_dtypes():
     for new, old in zip(jax.tree.leaves(received), jax.tree.leaves(expected), strict=True):
         # bfloat16 has 8 bits, and products of three factors round each.
         np.testing.assert_allclose(new, old, rtol=0.1, atol=0.05 * float(jnp.abs(old).max()))
+
+
+@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
+def test_the_precision_of_the_statistics(precision):
+    """Every product of the statistics has the highest precision unless the user says otherwise."""
+    predict, params, x, layers = linear_problem()
+    options = {} if precision is not None else {"precision": jax.lax.Precision.DEFAULT}
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, **options)
+    program = str(jax.make_jaxpr(lambda: fisher(params, x, targets=jnp.zeros(5, int)))())
+    assert program.count("Precision.HIGHEST") == (4 if precision is not None else 0)

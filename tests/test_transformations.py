@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from flax import nnx
 
@@ -199,7 +200,7 @@ class Deep(nnx.Module):
             run = nnx.remat(call) if self.how == "stack, remat" else call
             x = nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.stack, x)
         else:
-            run = {"plain": call, "remat": nnx.remat(call), "jit": nnx.jit(call)}[self.how]
+            run = NNX_CHAINS[self.how]
             for block in self.blocks:
                 x = run(block, x)
         return self.last(x)
@@ -207,6 +208,15 @@ class Deep(nnx.Module):
 
 def call(block, x):
     return block(x)
+
+
+NNX_CHAINS = {
+    "plain": call,
+    "remat": nnx.remat(call),
+    "jit": nnx.jit(call),
+    "jit of remat": nnx.jit(nnx.remat(call)),
+    "vmap over the batch": nnx.vmap(call, in_axes=(None, 0)),
+}
 
 
 def nnx_problem(how, params):
@@ -227,7 +237,7 @@ def nnx_problem(how, params):
     )
 
 
-@pytest.mark.parametrize("how", ["plain", "remat", "jit"])
+@pytest.mark.parametrize("how", NNX_CHAINS)
 def test_nnx_chain(how):
     params = parameters()
     _, expected = statistics_of(linen("written out"), params)
@@ -244,6 +254,44 @@ def test_nnx_stack_has_factors_of_its_own_for_each_layer(how):
     assert layers["stack/dense"].batch == (DEPTH,)
     for i in range(DEPTH):
         assert_equal(layer_of(received["stack/dense"], i), expected[f"block_{i}/dense"])
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_layers_side_by_side_have_factors_of_their_own(framework):
+    """A mapped ensemble on one input: each member's statistics are its own."""
+    x, y = data()
+    kernels = jax.random.normal(jax.random.key(7), (DEPTH, 4, 2), jnp.float64)
+    biases = jax.random.normal(jax.random.key(8), (DEPTH, 2), jnp.float64)
+    if framework == "linen":
+        many = nn.vmap(nn.Dense, in_axes=None, axis_size=DEPTH, **STACK)(2, **F64)
+        params = {"kernel": kernels, "bias": biases}
+
+        def members(params, x):
+            return many.apply({"params": params}, x)
+
+    else:
+
+        @nnx.split_rngs(splits=DEPTH)
+        @nnx.vmap
+        def make(rngs):
+            return nnx.Linear(4, 2, rngs=rngs, **F64)
+
+        graphdef, params, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
+        params = jax.tree.unflatten(jax.tree.structure(params), [biases, kernels])
+        run = nnx.vmap(lambda member, x: member(x), in_axes=(0, None))
+
+        def members(params, x):
+            return run(nnx.merge(graphdef, params, rest), x)
+
+    layers, received = statistics_of(lambda p, x: jnp.tanh(members(p, x)).sum(0), params)
+    assert layers["."].batch == (DEPTH,)
+    a = np.concatenate([x, np.ones((len(x), 1))], 1)
+    outputs = np.tanh(np.einsum("ni,kio->kno", a, np.concatenate([kernels, biases[:, None]], 1)))
+    g = (outputs.sum(0) - y) * (1 - outputs**2)
+    for k in range(DEPTH):
+        expected = oracles.trace_restricted(a[:, None], g[k][:, None])
+        for array, reference in zip(layer_of(received["."], k), expected, strict=True):
+            np.testing.assert_allclose(array, reference, **ROUNDING)
 
 
 @pytest.mark.parametrize("how", ["scan", "remat"])
@@ -307,13 +355,14 @@ def test_the_optimizer_of_nnx_takes_statistics():
     assert_equal(jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(plain))
 
 
-def test_a_cast_of_all_parameters_keeps_float32_statistics():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_cast_of_all_parameters_keeps_float32_statistics(dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), parameters())
     x, y = (array.astype(jnp.float32) for array in data())
 
     def predict(params, x):
-        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-        hidden = x.astype(jnp.bfloat16)
+        half = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        hidden = x.astype(dtype)
         for i in range(DEPTH):
             block = half[f"block_{i}"]["dense"]
             hidden = hidden + jnp.tanh(nn.Dense(4).apply({"params": block}, hidden))
