@@ -206,3 +206,32 @@ def test_batch_norm_in_training(framework):
     rows = np.concatenate([scale, bias], 1)
     np.testing.assert_allclose(received["."].input_moment, rows.T @ rows / 5, **ROUNDING)
     np.testing.assert_allclose(received["."].trace, np.sum(rows**2) / 5, **ROUNDING)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "attend"])
+def test_a_layer_is_preconditioned_as_its_matrix(name, framework):
+    """`Phi^-1 W Psi^-1`, block by block, where the case itself says what the matrix of a kernel is."""
+    layer = LAYERS[name]
+    problem = make(layer, framework)
+    predict, targets, gradients = with_head(problem, layer)
+    layers = tkfac.find_layers(predict, problem.params, problem.inputs, norms="exact")
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    statistics = jax.jit(fisher)(problem.params, problem.inputs, targets=targets)
+    optimizer = tkfac.scale_by_tkfac(layers, damping=0.1)
+    leaves, treedef = jax.tree.flatten(problem.params)
+    rng = np.random.default_rng(2)
+    gradient = treedef.unflatten([jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
+    state = optimizer.init(problem.params)
+    updates, _ = optimizer.update(gradient, state, problem.params, statistics=statistics)
+    received, matrix = (
+        np.asarray(layer.matrix(problem.by_name(tree))) for tree in (updates, gradient)
+    )
+    moments = expected_statistics(
+        oracles.trace_restricted, *rows_by_brute_force(problem, layer, gradients)
+    )
+    for block in np.ndindex(matrix.shape[:-2]):
+        factors = oracles.normalised([side[block] for side in moments])
+        phi, psi = oracles.normal_damping(factors, 0.1)
+        expected = np.linalg.inv(phi) @ matrix[block] @ np.linalg.inv(psi)
+        np.testing.assert_allclose(received[block], expected, rtol=1e-7, atol=1e-9)
