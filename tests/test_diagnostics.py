@@ -342,7 +342,7 @@ def test_the_table():
 def test_wrong_arguments_are_named(unchecked):
     _, params, _, _, layers = mlp_problem()
     state, _ = initial_state()
-    with pytest.raises(ValueError, match="holds 0 TkfacState; diagnostics needs exactly one"):
+    with pytest.raises(ValueError, match="holds 0 TkfacState; expected exactly one"):
         diagnostics(optax.adam(0.1).init(params), layers)
     with pytest.raises(ValueError, match="holds 2 TkfacState"):
         diagnostics((state, state), layers)
