@@ -6,6 +6,8 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)
+# The tests compile many small programs and run each once.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
