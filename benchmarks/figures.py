@@ -1,6 +1,6 @@
 """Tables and pictures of the runs of a benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def tuning_table(tuning: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """The training loss that every setting of every method reached, as `best_of` records it."""
+    rows = [("method", "settings", "steps", "training loss")]
+    for name, records in tuning.items():
+        for record in records:
+            loss = record["train_loss"]
+            shown = "diverged" if loss is None else f"{loss:.4g}"
+            rows.append((name, record["settings"], str(record["steps"]), shown))
+    return table(rows)
+
+
 def steps_to_reach(record: dict[str, Any], loss: float) -> int | None:
     """The first evaluated step at which the training loss is at most `loss`; None if it never is."""
     return next((p["step"] for p in record["curve"] if p["train_loss"] <= loss), None)
@@ -32,17 +43,17 @@ def steps_to_reach(record: dict[str, Any], loss: float) -> int | None:
 
 def plot_curves(
     records: Sequence[dict[str, Any]],
-    steps_per_epoch: int,
+    steps_per_epoch: int | None,
     figures: dict[str, str],
     path: Path,
     *,
     log: bool = True,
 ) -> None:
-    """Draws each figure against epochs and against seconds of training.
+    """Draws each figure against epochs or steps and against seconds of training.
 
     Args:
       records: the runs, as `Run.record` gives them.
-      steps_per_epoch: steps of one epoch.
+      steps_per_epoch: steps of one epoch; None counts steps.
       figures: from a key of the curves' points to its label; a row of two panels each.
       path: the PNG file.
       log: whether losses have a logarithmic axis.
@@ -50,16 +61,18 @@ def plot_curves(
     drawing, panels = plt.subplots(
         len(figures), 2, figsize=(10, 3.6 * len(figures)), squeeze=False, sharey="row"
     )
-    for (figure, label), (by_epoch, by_second) in zip(figures.items(), panels, strict=True):
+    for (figure, label), (by_step, by_second) in zip(figures.items(), panels, strict=True):
         for record in records:
             points = [point for point in record["curve"] if point["step"] > 0]
             values = [point[figure] for point in points]
             name = f"{record['method']} ({record['settings']})"
-            by_epoch.plot([point["step"] / steps_per_epoch for point in points], values, label=name)
+            by_step.plot(
+                [point["step"] / (steps_per_epoch or 1) for point in points], values, label=name
+            )
             by_second.plot([point["seconds"] for point in points], values, label=name)
-        by_epoch.set(xlabel="epochs", ylabel=label)
+        by_step.set(xlabel="epochs" if steps_per_epoch else "steps", ylabel=label)
         by_second.set(xlabel="seconds of training")
-        for panel in (by_epoch, by_second):
+        for panel in (by_step, by_second):
             panel.grid(alpha=0.3)
             if log and "loss" in figure:
                 panel.set_yscale("log")

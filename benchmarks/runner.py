@@ -36,7 +36,6 @@ class Problem(NamedTuple):
       targets: training targets.
       batch_size: examples of a step; what is left over at the end of an epoch is dropped.
       evaluate: `evaluate(params, model_state) -> figures`, a dictionary of floats with `train_loss`.
-      discovery: options of `find_layers`.
     """
 
     predict: Callable[..., Any]
@@ -47,14 +46,11 @@ class Problem(NamedTuple):
     targets: np.ndarray
     batch_size: int
     evaluate: Callable[[Any, Any], dict[str, float]]
-    discovery: Mapping[str, Any] = {}
 
     def find_layers(self) -> tkfac.Layers:
         """The layers of the model, found on a batch."""
         batch = self.inputs[: self.batch_size]
-        return tkfac.find_layers(
-            self.predict, self.params, self.model_state, batch, **self.discovery
-        )
+        return tkfac.find_layers(self.predict, self.params, self.model_state, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +248,23 @@ def best_of(
         written.write_text(json.dumps(records[-1]))
     losses = [np.inf if r["train_loss"] is None else r["train_loss"] for r in records]
     return trials[int(np.argmin(losses))], records
+
+
+def choose(
+    problem: Problem,
+    trials: Mapping[str, Sequence[Method]],
+    steps: int,
+    turn: int,
+    seed: int,
+    folder: Path | None,
+) -> tuple[list[Method], dict[str, list[dict[str, Any]]]]:
+    """The best trial of each method and what all trials reached; without a folder the first of each, untried."""
+    if folder is None:
+        return [tried[0] for tried in trials.values()], {}
+    found = {
+        name: best_of(problem, tried, steps, turn, seed, folder) for name, tried in trials.items()
+    }
+    return [best for best, _ in found.values()], {name: tried for name, (_, tried) in found.items()}
 
 
 def _json_number(value: float) -> float | None:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, digits, mnist
-from benchmarks.figures import steps_to_reach, table
+from benchmarks import autoencoder, digits, gpt, mnist, nnx_digits
+from benchmarks.figures import steps_to_reach, table, tuning_table
 from benchmarks.runner import Run, best_of, race
 
 
@@ -149,3 +149,110 @@ def test_the_digits_command(tmp_path, monkeypatch, capsys):
         assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert "test accuracy" in capsys.readouterr().out
+
+
+def test_the_tuning_table_says_what_diverged():
+    tuning = {
+        "A": [{"settings": "lr 1", "steps": 3, "train_loss": loss} for loss in (0.12345, None)]
+    }
+    lines = tuning_table(tuning).splitlines()
+    assert lines[2].endswith("0.1235 |")
+    assert lines[3].endswith("diverged |")
+
+
+def test_characters_become_tokens():
+    np.testing.assert_array_equal(gpt.encode(" ~A\n\u00e9\u2019"), [0, 94, 33, 95, 96, 96])
+
+
+def test_each_target_is_the_next_character():
+    inputs, targets = gpt.read_text()
+    assert inputs.shape == targets.shape == (len(inputs), gpt.CONTEXT)
+    assert len(inputs) * gpt.CONTEXT > 300_000
+    assert 0 <= inputs.min() < inputs.max() < gpt.VOCABULARY
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+    np.testing.assert_array_equal(
+        inputs.ravel()[1:][gpt.CONTEXT - 1 :: gpt.CONTEXT], targets[:-1, -1]
+    )
+
+
+def test_the_language_model_sees_no_later_character():
+    problem = gpt.gpt_problem(0, width=8, blocks=2)
+    before = np.array(problem.inputs[:2])
+    after = before.copy()
+    after[:, 40:] = (after[:, 40:] + 1) % gpt.VOCABULARY
+    expected, _ = problem.predict(problem.params, {}, before)
+    received, _ = problem.predict(problem.params, {}, after)
+    # Masked positions weigh exactly zero.
+    np.testing.assert_array_equal(received[:, :40], expected[:, :40])
+    assert not np.array_equal(received[:, 40:], expected[:, 40:])
+
+
+def test_every_block_of_the_language_model_has_its_own_factors():
+    layers = gpt.gpt_problem(0, width=8, blocks=3).find_layers()
+    stacked = {name for name, spec in layers.items() if spec.stack == (3,)}
+    attention = "blocks/MultiHeadDotProductAttention_0"
+    assert stacked == {
+        "blocks/Dense_0",
+        "blocks/Dense_1",
+        *(f"{attention}/{part}" for part in ("query", "key", "value", "out")),
+    }
+    assert set(layers) - stacked == {"tokens", "positions", "head"}
+    assert all("LayerNorm" in name for name in layers.fallback)
+
+
+@pytest.fixture
+def small_gpt(monkeypatch):
+    original = gpt.gpt_problem
+    monkeypatch.setattr(gpt, "gpt_problem", lambda seed: original(seed, width=8, blocks=2))
+    monkeypatch.setattr(gpt, "BATCH_SIZE", 8)
+
+
+def test_the_gpt_command(small_gpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpt", "--steps", "30", "--out-dir", str(tmp_path)])
+    gpt.main()
+    results = json.loads((tmp_path / "gpt.json").read_text())
+    assert [run["method"] for run in results["runs"]] == list(gpt.trials(30))
+    assert results["tuning"] == {}
+    for run in results["runs"]:
+        assert [point["step"] for point in run["curve"]] == [0, 10, 20, 30]
+        assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]
+    assert (tmp_path / "gpt.png").stat().st_size > 10_000
+    assert "test loss" in capsys.readouterr().out
+
+
+def test_the_nnx_digits_command(tmp_path, monkeypatch, capsys):
+    trials = nnx_digits.trials()
+    # TKFAC at a rate that does not overshoot in the first steps.
+    few = {"Adam": trials["Adam"][:2], "TKFAC": [trials["TKFAC"][2]]}
+    monkeypatch.setattr(nnx_digits, "trials", lambda: few)
+    arguments = ["--steps", "20", "--out-dir", str(tmp_path), "--tune"]
+    monkeypatch.setattr(sys, "argv", ["nnx_digits", *arguments])
+    nnx_digits.main()
+    results = json.loads((tmp_path / "nnx_digits.json").read_text())
+    tried = {name: len(records) for name, records in results["tuning"].items()}
+    assert tried == {"Adam": 2, "TKFAC": 1}
+    assert [run["method"] for run in results["runs"]] == ["Adam", "TKFAC"]
+    for run in results["runs"]:
+        assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]
+    assert (tmp_path / "nnx_digits.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "settings |" in printed
+    assert "test accuracy" in printed
+
+
+def test_nnx_layers_and_running_averages():
+    problem = nnx_digits.nnx_problem(0)
+    layers = problem.find_layers()
+    assert layers["first/depthwise"].batch == (16,)
+    assert {name.rpartition("/")[2] for name in layers} == {
+        "stem",
+        "depthwise",
+        "pointwise",
+        "head",
+    }
+    run = Run(problem, nnx_digits.trials()["TKFAC"][0], seed=0)
+    run.advance(1)
+    for before, after in zip(
+        jax.tree.leaves(problem.model_state), jax.tree.leaves(run.trees[2]), strict=True
+    ):
+        assert not np.array_equal(before, after)
