@@ -222,10 +222,10 @@ def test_the_gpt_command(small_gpt, tmp_path, monkeypatch, capsys):
 
 def test_the_nnx_digits_command(tmp_path, monkeypatch, capsys):
     trials = nnx_digits.trials()
-    # TKFAC at a rate that does not overshoot in the first steps.
-    few = {"Adam": trials["Adam"][:2], "TKFAC": [trials["TKFAC"][2]]}
+    few = {"Adam": trials["Adam"][:2], "TKFAC": trials["TKFAC"][:1]}
     monkeypatch.setattr(nnx_digits, "trials", lambda: few)
-    arguments = ["--steps", "20", "--out-dir", str(tmp_path), "--tune"]
+    # TKFAC's loss rises in the first twenty steps.
+    arguments = ["--steps", "60", "--out-dir", str(tmp_path), "--tune"]
     monkeypatch.setattr(sys, "argv", ["nnx_digits", *arguments])
     nnx_digits.main()
     results = json.loads((tmp_path / "nnx_digits.json").read_text())
