@@ -18,6 +18,7 @@ from tkfac_jax.damping import Damping, FactoredDamping, Value, normal_damping
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
 from tkfac_jax.structures import Structure
+from tkfac_jax.threads import limit_lapack_threads
 
 
 class LayerDiagnostics(NamedTuple):
@@ -284,6 +285,7 @@ def _fill_padding(structure: Structure, blocks: Float[Array, "*batch n n"]) -> A
 
 def _eigenvalues(matrices: Float[Array, "*batch n n"]) -> Float[Array, "matrices n"]:
     """The eigenvalues of symmetric matrices, ascending."""
+    limit_lapack_threads()
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     # One matrix at a time on CPUs: two batched LAPACK calls in one program can wait for each other for ever.
     return jax.lax.platform_dependent(
