@@ -29,6 +29,7 @@ from tkfac_jax.statistics import (
     sampled_fisher,
     value_and_grad_with_fisher,
 )
+from tkfac_jax.train_state import TrainState
 from tkfac_jax.training import make_train_step
 from tkfac_jax.transform import kfac, scale_by_tkfac, tkfac
 
@@ -55,6 +56,7 @@ __all__ = [
     "Normal",
     "Statistics",
     "TkfacState",
+    "TrainState",
     "cholesky_inverse",
     "empirical_fisher",
     "exact_fisher",
