@@ -41,7 +41,7 @@ def limit_lapack_threads() -> None:
       >>> from tkfac_jax.threads import limit_lapack_threads
       >>> limit_lapack_threads()  # for an `inverse=` of your own that calls LAPACK
     """
-    if jax.default_backend() == "cpu":
+    if not any(map(os.environ.get, VARIABLES)) and jax.default_backend() == "cpu":
         _limit_once()
 
 
