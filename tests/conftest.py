@@ -1,11 +1,11 @@
-"""Configuration of all tests: float64 for the oracles, and two devices for what is mapped."""
+"""Configuration of all tests: float64 for the oracles, and four devices for what is mapped."""
 
 import jax
 import jaxtyping
 import pytest
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 4)
 # The tests compile many small programs and run each once.
 jax.config.update("jax_disable_most_optimizations", True)
 

@@ -68,7 +68,8 @@ def test_other_leaves_pass_through_unchanged():
     _, params, *_, layers = convnet_problem()
     hidden = {**params, "BatchNorm_0": optax.MaskedNode()}
     for tree in (params, hidden):
-        received = precondition(tree, identity_inverses(layers, 2.0), layers)
+        received, good = precondition(tree, identity_inverses(layers, 2.0), layers)
+        assert all(good.values())
         assert jax.tree.structure(received) == jax.tree.structure(tree)
         assert received["BatchNorm_0"] is tree["BatchNorm_0"] or all(
             received["BatchNorm_0"][k] is tree["BatchNorm_0"][k] for k in ("bias", "scale")
@@ -79,15 +80,15 @@ def test_other_leaves_pass_through_unchanged():
 def test_dtypes_are_those_of_the_gradients():
     _, params, *_, layers = convnet_problem()
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    received = precondition(half, identity_inverses(layers), layers, norm_constraint=1e-3)
+    received, _ = precondition(half, identity_inverses(layers), layers, norm_constraint=1e-3)
     assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("bound", [1e-3, 1e6])
 def test_norm_constraint(bound):
     _, params, *_, layers = mlp_problem()
-    free = precondition(params, identity_inverses(layers, 3.0), layers)
-    bounded = precondition(params, identity_inverses(layers, 3.0), layers, norm_constraint=bound)
+    free, _ = precondition(params, identity_inverses(layers, 3.0), layers)
+    bounded, _ = precondition(params, identity_inverses(layers, 3.0), layers, norm_constraint=bound)
     product = sum(
         float(jnp.vdot(a, b))
         for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(params), strict=True)
@@ -100,6 +101,35 @@ def test_norm_constraint(bound):
 def test_norm_constraint_of_a_zero_gradient():
     _, params, *_, layers = mlp_problem()
     zero = jax.tree.map(jnp.zeros_like, params)
-    received = precondition(zero, identity_inverses(layers), layers, norm_constraint=0.1)
+    received, _ = precondition(zero, identity_inverses(layers), layers, norm_constraint=0.1)
     for leaf in jax.tree.leaves(received):
         np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("norm_constraint", [None, 0.1])
+@pytest.mark.parametrize("bad", ["nan gradient", "overflow"])
+def test_a_layer_whose_step_is_not_finite_makes_none(bad, norm_constraint):
+    _, params, *_, layers = mlp_problem()
+    inverses = identity_inverses(layers)
+    gradient = params
+    if bad == "nan gradient":
+        kernel = params["Dense_1"]["kernel"].at[0, 0].set(jnp.nan)
+        gradient = params | {"Dense_1": {"kernel": kernel}}
+    else:
+        inverses["Dense_1"] = jax.tree.map(lambda inverse: 1e200 * inverse, inverses["Dense_1"])
+    received, good = precondition(gradient, inverses, layers, norm_constraint)
+    assert {name: bool(flag) for name, flag in good.items()} == {
+        "Dense_0": True,
+        "Dense_1": False,
+        "Dense_2": True,
+    }
+    np.testing.assert_array_equal(received["Dense_1"]["kernel"], 0)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(received))
+    assert float(jnp.abs(received["Dense_0"]["kernel"]).max()) > 0
+
+
+def test_a_product_that_overflows_is_a_long_step():
+    _, params, *_, layers = mlp_problem()
+    huge = jax.tree.map(lambda leaf: 1e200 * jnp.sign(leaf + 0.01), params)
+    received, _ = precondition(huge, identity_inverses(layers), layers, norm_constraint=1.0)
+    assert all(bool((leaf == 0).all()) for leaf in jax.tree.leaves(received))

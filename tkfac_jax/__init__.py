@@ -13,7 +13,7 @@ from tkfac_jax.calls import (
     tag,
 )
 from tkfac_jax.capture import LayerStatistics, independent, trace_restricted
-from tkfac_jax.curvature import TkfacState
+from tkfac_jax.curvature import LayerFaults, Share, TkfacState
 from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
 from tkfac_jax.diagnostics import LayerDiagnostics, diagnostics
 from tkfac_jax.discovery import find_layers
@@ -22,6 +22,7 @@ from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
 from tkfac_jax.layers import Layers, LayerSpec
 from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from tkfac_jax.matrices import Convolution
+from tkfac_jax.shardings import state_shardings
 from tkfac_jax.statistics import (
     Statistics,
     empirical_fisher,
@@ -47,6 +48,7 @@ __all__ = [
     "register_layer",
     "tag",
     "LayerDiagnostics",
+    "LayerFaults",
     "LayerSpec",
     "analysis",
     "diagnostics",
@@ -54,6 +56,7 @@ __all__ = [
     "Layers",
     "Likelihood",
     "Normal",
+    "Share",
     "Statistics",
     "TkfacState",
     "TrainState",
@@ -68,6 +71,7 @@ __all__ = [
     "normal_damping",
     "sampled_fisher",
     "scale_by_tkfac",
+    "state_shardings",
     "tkfac",
     "trace_damping",
     "trace_restricted",

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from tkfac_jax.calls import Call, LayerCall, observing
@@ -30,6 +31,7 @@ from tkfac_jax.matrices import (
     rows_moment,
     squared_norms,
 )
+from tkfac_jax.meshes import automatic, vary, varying_axes
 from tkfac_jax.routes import Routes
 
 Sharing = Literal["expand", "reduce"]
@@ -236,7 +238,11 @@ def tagging(
         tagged.add(spec.name)
         inputs: Any = layer.inputs
         inputs = inputs() if callable(inputs) else inputs
-        accumulate = functools.partial(_accumulate, spec, layer.form, options)
+        accumulate = functools.partial(
+            _slot_cotangent,
+            functools.partial(_accumulate, spec, layer.form, options),
+            varying_axes(slot),
+        )
         return _tag(layer.output, inputs, counting, slot, accumulate)
 
     # Entries in params make transformations trace again by themselves; a name does not.
@@ -268,6 +274,18 @@ def _tag_backward(
 
 
 _tag.defvjp(_tag_forward, _tag_backward)
+
+
+def _slot_cotangent(
+    accumulate: Callable[..., LayerStatistics],
+    axes: frozenset[str],
+    inputs: Array,
+    gradients: Array,
+    counting: Counting,
+) -> LayerStatistics:
+    """The statistics as a cotangent of a slot: it must vary over the mesh axes that the slot varies over."""
+    statistics = automatic(accumulate, inputs, gradients, counting, out=PartitionSpec())
+    return vary(statistics, axes)
 
 
 def _accumulate(

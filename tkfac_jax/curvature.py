@@ -1,14 +1,18 @@
 """The state of the optimizer, and how statistics and inverses enter it."""
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Int
 
 from tkfac_jax.capture import LayerStatistics
 from tkfac_jax.damping import Damping
+from tkfac_jax.division import Devices
 from tkfac_jax.factors import (
     Decay,
     KroneckerFactors,
@@ -20,10 +24,43 @@ from tkfac_jax.factors import (
 )
 from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
+from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
+from tkfac_jax.precondition import precondition
+from tkfac_jax.storage import Storage, inverses_in_shape
 from tkfac_jax.structures import identity
 from tkfac_jax.tagged import Statistics, check_statistics
 
 Averaging = Literal["factors", "moments"]
+
+# The fields of the state that change with new statistics, and with new inverses.
+ADDED = ("factors", "factor_updates", "skipped_statistics", "faults")
+REFRESHED = ("inverses", "failed_inversions", "refreshed", "faults")
+
+
+class LayerFaults(NamedTuple):
+    """How often the numbers of one layer went wrong.
+
+    Attributes:
+      statistics: statistics that were not finite, or made factors that were not.
+      inversions: inverses that could not be computed, so that the old one stayed.
+      updates: steps that were not finite and became zero.
+    """
+
+    statistics: Int[Array, ""]
+    inversions: Int[Array, ""]
+    updates: Int[Array, ""]
+
+
+class Share(NamedTuple):
+    """One share of the layers, whose inverses are refreshed while those of the others stay.
+
+    Attributes:
+      number: which one, from 0; may be traced.
+      of: how many shares there are.
+    """
+
+    number: int | Array
+    of: int
 
 
 class TkfacState(NamedTuple):
@@ -38,6 +75,8 @@ class TkfacState(NamedTuple):
       skipped_statistics: number of statistics that were left out because they were not finite.
       failed_inversions: number of inverses that could not be computed, so that the old one stayed.
       refreshed: by layer, the step at which all of its inverses were last computed; 0 at first.
+      skipped_updates: number of layers' steps that were left out because they were not finite.
+      faults: by layer, how often its numbers went wrong.
     """
 
     step: Int[Array, ""]
@@ -47,6 +86,8 @@ class TkfacState(NamedTuple):
     skipped_statistics: Int[Array, ""]
     failed_inversions: Int[Array, ""]
     refreshed: dict[str, Int[Array, ""]]
+    skipped_updates: Int[Array, ""]
+    faults: dict[str, LayerFaults]
 
 
 def find_state(opt_state: Any) -> TkfacState:
@@ -74,48 +115,37 @@ class Curvature(NamedTuple):
     decay: Decay
     averaging: Averaging
     inverse: Inverse
-    axis_name: str | None
-    factor_dtype: Any = None
-    inverse_dtype: Any = None
+    storage: Storage
+    axis_name: str | None = None
+    norm_constraint: float | Array | None = None
 
     def init(self, params: Any) -> Any:
         """The state before the first statistics: the inverses are those of the damping alone."""
         active = {n: self.layers[n] for n in visible_layers(self.layers, params, "params")}
-        # One buffer for each counter: a state that holds one twice could not be donated.
-        step, updates, skipped, failed = (jnp.zeros((), jnp.int32) for _ in range(4))
         unknown = {name: zero_factors(spec) for name, spec in active.items()}
-        damped = self.damping.damp(unknown, active, step)
+        damped = self.damping.damp(unknown, active, jnp.zeros((), jnp.int32))
         start = {name: self._identity_inverses(spec) for name, spec in active.items()}
         inverses, _ = invert_factors(damped, start, active, self.inverse)
-        factors = self._store(damped if self.averaging == "factors" else unknown)
-        refreshed = {name: jnp.zeros((), jnp.int32) for name in active}
-        return TkfacState(step, factors, inverses, updates, skipped, failed, refreshed)
+        factors = damped if self.averaging == "factors" else unknown
 
-    def _store(self, factors: dict[str, KroneckerFactors]) -> dict[str, KroneckerFactors]:
-        if self.factor_dtype is None:
-            return factors
-        dtype = self.factor_dtype
-        return {
-            name: KroneckerFactors(f.phi.astype(dtype), f.psi.astype(dtype), f.delta)
-            for name, f in factors.items()
-        }
+        # One buffer for each counter: a state that holds one twice could not be donated.
+        def zero() -> Array:
+            return jnp.zeros((), jnp.int32)
 
-    def _load(
-        self, factors: Mapping[str, KroneckerFactors], active: Mapping[str, LayerSpec]
-    ) -> Any:
-        """Factors in a dtype to compute with: that of the statistics, or their own if it is wider."""
-        return {
-            name: jax.tree.map(
-                lambda array, spec=active[name]: array.astype(
-                    jnp.promote_types(array.dtype, spec.dtype)
-                ),
-                factor,
-            )
-            for name, factor in factors.items()
-        }
+        return TkfacState(
+            step=zero(),
+            factors=self.storage.store_factors(factors),
+            inverses=self.storage.store_inverses(inverses),
+            factor_updates=zero(),
+            skipped_statistics=zero(),
+            failed_inversions=zero(),
+            refreshed={name: zero() for name in active},
+            skipped_updates=zero(),
+            faults={name: LayerFaults(zero(), zero(), zero()) for name in active},
+        )
 
     def _identity_inverses(self, spec: LayerSpec) -> KroneckerInverses:
-        dtype = spec.dtype if self.inverse_dtype is None else self.inverse_dtype
+        dtype = self.storage.inverse_dtype or spec.dtype
         return KroneckerInverses.from_factors(
             spec,
             identity(spec.phi, spec.batch, dtype),
@@ -135,47 +165,190 @@ class Curvature(NamedTuple):
 
     def add(
         self, state: TkfacState, statistics: Statistics, active: Mapping[str, LayerSpec]
-    ) -> TkfacState:
-        """Lets statistics enter the averages, or counts them as skipped if they are not finite."""
+    ) -> dict[str, Any]:
+        """Lets statistics enter the averages, or counts them as skipped if they are not finite.
+
+        Returns:
+          The fields of the state that change, `ADDED`.
+        """
         check_statistics(statistics, self.layers)
-        if self.axis_name is not None:
-            statistics = jax.lax.pmean(statistics, self.axis_name)
-        new = {}
-        for name, spec in active.items():
-            dtype = jnp.dtype(spec.dtype)
-            new[name] = kronecker_factors(
-                LayerStatistics(*(array.astype(dtype) for array in statistics[name]))
+        statistics = mean_over(statistics, self.axis_name)
+        apart = varying_axes(statistics) - varying_axes(state)
+        if apart:
+            msg = (
+                f"the statistics vary over the mesh axes {sorted(apart)}, and the state does not: give axis_name "
+                "to the Fisher function or to the optimizer, so that they are averaged."
             )
+            raise ValueError(msg)
+
+        def averaged(
+            statistics: Statistics, factors: dict[str, KroneckerFactors], step: Array, weight: Array
+        ) -> tuple[dict[str, KroneckerFactors], dict[str, Array]]:
+            new = {
+                name: kronecker_factors(
+                    LayerStatistics(*(array.astype(spec.dtype) for array in statistics[name]))
+                )
+                for name, spec in active.items()
+            }
+            old = self.storage.load_factors(factors, active)
+            if self.averaging == "factors":
+                damped = self.damping.damp(new, active, step)
+                stored = self.storage.store_factors(average_factors(old, damped, weight))
+            else:
+                stored = self.storage.store_factors(average_moments(old, new, weight))
+            # What is finite before may overflow in the products and quotients.
+            good = {name: _all_finite((statistics[name], stored[name])) for name in active}
+            accepted = _all(good)
+            kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), stored, factors)
+            return kept, good
+
         weight = decay_at(self.decay, state.factor_updates)
-        old = self._load(state.factors, active)
-        if self.averaging == "factors":
-            damped = self.damping.damp(new, active, state.step)
-            averaged = self._store(average_factors(old, damped, weight))
-        else:
-            averaged = self._store(average_moments(old, new, weight))
-        finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(statistics)]
-        accepted = jnp.stack(finite).all()
-        return state._replace(
-            factors=jax.tree.map(
-                lambda new, old: jnp.where(accepted, new, old), averaged, state.factors
-            ),
-            factor_updates=state.factor_updates + accepted.astype(jnp.int32),
-            skipped_statistics=state.skipped_statistics + (~accepted).astype(jnp.int32),
+        factors, good = automatic(
+            averaged,
+            statistics,
+            state.factors,
+            state.step,
+            weight,
+            out=(specs_of(state.factors), PartitionSpec()),
+        )
+        accepted = _all(good)
+        return {
+            "factors": factors,
+            "factor_updates": state.factor_updates + accepted.astype(jnp.int32),
+            "skipped_statistics": state.skipped_statistics + (~accepted).astype(jnp.int32),
+            "faults": _count(state.faults, "statistics", {n: ~flag for n, flag in good.items()}),
+        }
+
+    def refresh(
+        self,
+        state: TkfacState,
+        active: Mapping[str, LayerSpec],
+        names: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Inverts the damped factors; failures keep their old inverse and are counted.
+
+        Args:
+          state: the state.
+          active: its layers.
+          names: the layers whose inverses are refreshed; None: all.
+
+        Returns:
+          The fields of the state that change, `REFRESHED`.
+        """
+        names = list(active) if names is None else names
+
+        def inverted(
+            factors: dict[str, KroneckerFactors], old: dict[str, KroneckerInverses], step: Array
+        ) -> tuple[dict[str, KroneckerInverses], dict[str, Array]]:
+            damped = self.storage.load_factors(factors, active)
+            if self.averaging == "moments":
+                damped = self.damping.damp(damped, active, step)
+            old = {name: inverses_in_shape(active[name], inverse) for name, inverse in old.items()}
+            devices = Devices(self.axis_name, self.storage.mesh)
+            new, failures = invert_factors(damped, old, active, self.inverse, devices)
+            return self.storage.store_inverses(new), failures
+
+        chosen = {name: state.inverses[name] for name in names}
+        inverses, failures = automatic(
+            inverted,
+            state.factors,
+            chosen,
+            state.step,
+            out=(specs_of(chosen), PartitionSpec()),
+        )
+        refreshed = {
+            name: jnp.where(failures[name] > 0, state.refreshed[name], state.step) for name in names
+        }
+        return {
+            "inverses": state.inverses | inverses,
+            "failed_inversions": state.failed_inversions + _total(failures),
+            "refreshed": state.refreshed | refreshed,
+            "faults": _count(state.faults, "inversions", failures),
+        }
+
+    def refresh_share(
+        self, state: TkfacState, active: Mapping[str, LayerSpec], share: Share
+    ) -> dict[str, Any]:
+        """Refreshes the inverses of one share of the layers; see `refresh`."""
+        plan = shares(active, share.of)
+        if len(plan) == 1:
+            return self.refresh(state, active)
+        return jax.lax.switch(
+            share.number, [lambda names=names: self.refresh(state, active, names) for names in plan]
         )
 
-    def refresh(self, state: TkfacState, active: Mapping[str, LayerSpec]) -> TkfacState:
-        """Inverts the damped factors; failures keep their old inverse and are counted."""
-        damped = self._load(state.factors, active)
-        if self.averaging == "moments":
-            damped = self.damping.damp(damped, active, state.step)
-        inverses, failures = invert_factors(damped, state.inverses, active, self.inverse)
-        refreshed = {
-            name: jnp.where(failures[name] > 0, last, state.step)
-            for name, last in state.refreshed.items()
+    def precondition(
+        self, updates: Any, state: TkfacState, active: Mapping[str, LayerSpec]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Preconditions the layers' gradients; a layer whose step is not finite makes none.
+
+        Returns:
+          The updates, and the fields of the state that change.
+        """
+        updates, good = precondition(updates, state.inverses, active, self.norm_constraint)
+        bad = {name: ~flag for name, flag in good.items()}
+        return updates, {
+            "skipped_updates": state.skipped_updates + _total(bad),
+            "faults": _count(state.faults, "updates", bad),
         }
-        total = jnp.stack(list(failures.values())).sum(dtype=jnp.int32)
-        return state._replace(
-            inverses=inverses,
-            failed_inversions=state.failed_inversions + total,
-            refreshed=refreshed,
+
+
+def num_shares(layers: int, interval: int) -> int:
+    """The number of shares when inverses are spread over an interval: at most one a step, one a layer."""
+    return max(1, min(layers, interval))
+
+
+def share_at(step: Any, interval: int, of: int) -> Any:
+    """The number of the share that is due at a step or was the last to be."""
+    return (step % interval) * of // interval
+
+
+def first_step_of(number: Any, interval: int, of: int) -> Any:
+    """The step of the interval at which a share is due."""
+    return (number * interval + of - 1) // of
+
+
+def shares(layers: Mapping[str, LayerSpec], of: int) -> list[list[str]]:
+    """Divides layers into shares of about equal cost of their inverses, at most one for each layer."""
+    plan: list[list[str]] = [[] for _ in range(min(of, len(layers)))]
+    loads = [0] * len(plan)
+    cost = {name: _cost_of_inverses(spec) for name, spec in layers.items()}
+    for name in sorted(cost, key=lambda name: -cost[name]):
+        lightest = loads.index(min(loads))
+        plan[lightest].append(name)
+        loads[lightest] += cost[name]
+    return plan
+
+
+def _cost_of_inverses(spec: LayerSpec) -> int:
+    """The cost of a layer's inverses, in a common unit."""
+    return math.prod(spec.batch) * sum(
+        structure.size
+        if structure.kind == "diagonal"
+        else structure.num_blocks * structure.block**3
+        for structure in (spec.phi, spec.psi)
+    )
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(tree)]).all()
+
+
+def _all(flags: Mapping[str, Array]) -> Bool[Array, ""]:
+    return functools.reduce(jnp.logical_and, flags.values(), jnp.array(True))
+
+
+def _total(numbers: Mapping[str, Array]) -> Int[Array, ""]:
+    return sum((n.astype(jnp.int32) for n in numbers.values()), jnp.zeros((), jnp.int32))
+
+
+def _count(
+    faults: dict[str, LayerFaults], field: str, more: Mapping[str, Array]
+) -> dict[str, LayerFaults]:
+    """The faults of the layers with further ones of a kind."""
+    return faults | {
+        name: faults[name]._replace(
+            **{field: getattr(faults[name], field) + number.astype(jnp.int32)}
         )
+        for name, number in more.items()
+    }

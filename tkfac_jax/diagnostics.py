@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tkfac_jax.curvature import Averaging, TkfacState, find_state
+from tkfac_jax.curvature import Averaging, LayerFaults, TkfacState, find_state
 from tkfac_jax.damping import Damping, FactoredDamping, Value, normal_damping
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
+from tkfac_jax.storage import factors_in_shape, inverses_in_shape
 from tkfac_jax.structures import Structure
 from tkfac_jax.threads import limit_lapack_threads
 
@@ -33,6 +34,7 @@ class LayerDiagnostics(NamedTuple):
         if the inverse is not positive definite.
       psi_condition: likewise of the output factor.
       age: updates made since the layer's inverses were last computed, the one that computed them counted.
+      faults: how often the layer's statistics, inversions and steps went wrong.
     """
 
     trace: Float[Array, "*batch"]
@@ -41,6 +43,7 @@ class LayerDiagnostics(NamedTuple):
     phi_condition: Float[Array, "*batch"]
     psi_condition: Float[Array, "*batch"]
     age: Int[Array, ""]
+    faults: LayerFaults
 
 
 def diagnostics(
@@ -101,17 +104,21 @@ def diagnostics(
         raise ValueError(msg)
     state = find_state(state)
     active = _active_layers(state, layers)
+    factors = {name: factors_in_shape(active[name], own) for name, own in state.factors.items()}
+    state = state._replace(factors=factors)
     ratios: dict[str, tuple[Array | None, Array | None]] = dict.fromkeys(active, (None, None))
     if damping is not None:
         damper = damping if isinstance(damping, Damping) else normal_damping(damping)
         ratios |= _ratios(state, active, damper, averaging)
+    inverses = {name: inverses_in_shape(active[name], own) for name, own in state.inverses.items()}
     return {
         name: LayerDiagnostics(
             state.factors[name].delta,
             *ratios[name],
-            _condition(spec.phi, state.inverses[name].phi_matrix(), spec.batch),
-            _condition(spec.psi, state.inverses[name].psi, spec.batch),
+            _condition(spec.phi, inverses[name].phi_matrix(), spec.batch),
+            _condition(spec.psi, inverses[name].psi, spec.batch),
             state.step - state.refreshed[name],
+            state.faults[name],
         )
         for name, spec in active.items()
     }
@@ -120,9 +127,9 @@ def diagnostics(
 def table(report: Mapping[str, LayerDiagnostics]) -> str:
     """The diagnostics as a table, with the layers named that want attention.
 
-    A layer of several matrices shows its smallest and largest number. Named beneath are layers whose
-    inverses are older than those of others (they could not be computed again), layers without signal, and
-    layers with numbers that are not finite.
+    A layer of several matrices shows its smallest and largest number. Named beneath are layers without
+    signal, layers with numbers that are not finite, and layers whose statistics, inversions or steps have failed,
+    with how often.
 
     Args:
       report: what `diagnostics` returned, outside of `jax.jit`.
@@ -130,9 +137,8 @@ def table(report: Mapping[str, LayerDiagnostics]) -> str:
     Returns:
       The text.
     """
-    fields = LayerDiagnostics._fields
-    rows = [["layer", *fields]]
-    rows += [[name, *map(_cell, layer)] for name, layer in report.items()]
+    rows = [["layer", *LayerDiagnostics._fields[:-1]]]
+    rows += [[name, *map(_cell, layer[:-1])] for name, layer in report.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -142,17 +148,21 @@ def table(report: Mapping[str, LayerDiagnostics]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    youngest = min((int(layer.age) for layer in report.values()), default=0)
     notes = {
-        "inverses older than the others': ": [
-            name for name, layer in report.items() if int(layer.age) > youngest
-        ],
         "no signal: ": [name for name, layer in report.items() if np.any(layer.trace == 0)],
         "not finite: ": [
             f"{name} ({', '.join(bad)})"
             for name, layer in report.items()
             if (bad := _not_finite(layer))
         ],
+        **{
+            f"failed {kind}: ": [
+                f"{name} ({failed})"
+                for name, layer in report.items()
+                if (failed := int(getattr(layer.faults, kind)))
+            ]
+            for kind in LayerFaults._fields
+        },
     }
     lines += [note + ", ".join(names) for note, names in notes.items() if names]
     return "\n".join(lines)
@@ -170,7 +180,7 @@ def _not_finite(layer: LayerDiagnostics) -> list[str]:
     silent = np.asarray(layer.trace == 0)
     return [
         field
-        for field, values in layer._asdict().items()
+        for field, values in zip(LayerDiagnostics._fields[:-1], layer[:-1], strict=True)
         if values is not None
         and not np.all(np.isfinite(values) | (silent & field.endswith("_ratio")))
     ]
@@ -192,7 +202,7 @@ def _active_layers(state: TkfacState, layers: Mapping[str, LayerSpec]) -> dict[s
             spec.batch,
         )
         received = tuple(jnp.shape(array) for array in factors)
-        if received != expected:
+        if not all(map(_may_be_filled, received, expected)):
             msg = (
                 f"layer '{name}': the state's factors have shapes {received}; expected {expected}. Give the layers "
                 "that the optimizer was built with, and of a state with an axis of devices one device's: "
@@ -200,6 +210,14 @@ def _active_layers(state: TkfacState, layers: Mapping[str, LayerSpec]) -> dict[s
             )
             raise ValueError(msg)
     return {name: layers[name] for name in state.factors}
+
+
+def _may_be_filled(received: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether an array has its own shape or, divided over a mesh, one that is filled up along one axis."""
+    if len(received) != len(expected):
+        return False
+    more = [have - want for have, want in zip(received, expected, strict=True)]
+    return min(more, default=0) >= 0 and sum(extra > 0 for extra in more) <= 1
 
 
 def _ratios(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tkfac_jax.joint import check_closed_form
+from tkfac_jax.meshes import vary, varying_axes
 
 Estimator = Literal["sampled", "empirical", "exact"]
 PullBack = Callable[[Any], Any]
@@ -139,7 +140,9 @@ def _weighted(cotangent: Any, batch: Batch) -> Any:
 def _sum_over(function: Callable[[Any], Any], values: Any) -> Any:
     """The sum of a function over the first axis of its argument, one value at a time."""
     first = jax.eval_shape(function, jax.tree.map(lambda v: v[0], values))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    zeros = jax.tree.map(
+        lambda leaf: vary(jnp.zeros(leaf.shape, leaf.dtype), varying_axes(leaf)), first
+    )
     return jax.lax.scan(
         lambda total, value: (jax.tree.map(jnp.add, total, function(value)), None), zeros, values
     )[0]

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tkfac_jax.division import Devices, map_matrices
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
+from tkfac_jax.threads import limit_lapack_threads
 
 Inverse = Callable[[Array], Array]
 
 # Shares of a matrix's mean diagonal that are added to it after a failed inversion, one retry each.
 RETRY_DAMPING = (1e-4, 1e-2, 1.0)
+
+ONE_DEVICE = Devices()
 
 
 class KroneckerInverses(NamedTuple):
@@ -64,6 +68,7 @@ def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch
     Returns:
       The inverses, symmetric. Where a matrix is not positive definite, NaN.
     """
+    limit_lapack_threads()
     # Batched LAPACK calls of jaxlib 0.10 wait inside XLA's CPU thread pool for tasks of the same pool:
     # two of them in one program can take all its threads and never return. Single ones do not wait.
     return jax.lax.platform_dependent(
@@ -85,6 +90,7 @@ def invert_factors(
     old: Mapping[str, KroneckerInverses],
     layers: Mapping[str, LayerSpec],
     inverse: Inverse,
+    devices: Devices = ONE_DEVICE,
 ) -> tuple[dict[str, KroneckerInverses], dict[str, Int[Array, ""]]]:
     """Inverts the damped factors of all layers.
 
@@ -93,34 +99,46 @@ def invert_factors(
       old: the inverses that are in use.
       layers: the layers.
       inverse: inverts a stack of symmetric positive definite matrices, shape `(n, d, d)`.
+      devices: the devices that divide the work.
 
     Returns:
       The inverses, in the dtypes of the old ones, and for each layer how many of its matrices could not be
       inverted even with more damping: there the old inverse stays.
     """
-    groups: dict[Any, list[Any]] = defaultdict(list)
+    inverted, succeeded = {}, {}
+    groups: dict[Any, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for name in old:
         for which in ("phi", "psi"):
             structure, factor = getattr(layers[name], which), getattr(factors[name], which)
             # LAPACK knows no dtype below float32.
             factor = factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
-            place = (name, which, factor)
-            groups[structure.kind == "diagonal", structure.block, factor.dtype].append(place)
+            if structure.kind == "diagonal":
+                inverses, good = _invert_diagonals(factor.reshape(-1, structure.size))
+                inverted[name, which] = inverses.reshape(factor.shape)
+                succeeded[name, which] = good
+            else:
+                groups[factor.dtype][structure.block].append((name, which, factor))
 
-    inverted, succeeded = {}, {}
-    for (is_diagonal, size, _), members in groups.items():
-        shape = (-1, size) if is_diagonal else (-1, size, size)
-        stacks = [factor.reshape(shape) for _, _, factor in members]
-        stack = jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
-        results, good = (
-            _invert_diagonals(stack) if is_diagonal else _invert_with_retries(stack, inverse)
+    for by_size in groups.values():
+        stacks = {
+            size: [factor.reshape(-1, size, size) for _, _, factor in members]
+            for size, members in by_size.items()
+        }
+        results = map_matrices(
+            lambda stack: _invert_with_retries(stack, inverse),
+            {
+                size: jnp.concatenate(own) if len(own) > 1 else own[0]
+                for size, own in stacks.items()
+            },
+            devices,
         )
-        start = 0
-        for (name, which, factor), own in zip(members, stacks, strict=True):
-            end = start + len(own)
-            inverted[name, which] = results[start:end].reshape(factor.shape)
-            succeeded[name, which] = good[start:end]
-            start = end
+        for size, members in by_size.items():
+            start = 0
+            for (name, which, factor), own in zip(members, stacks[size], strict=True):
+                end = start + len(own)
+                inverted[name, which] = results[size][0][start:end].reshape(factor.shape)
+                succeeded[name, which] = results[size][1][start:end]
+                start = end
 
     new, failures = {}, {}
     for name, kept in old.items():

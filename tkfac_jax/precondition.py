@@ -1,14 +1,17 @@
 """Inverse factors times gradients, and the bound on the length of the step."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, is_masked, parameter_name
+from tkfac_jax.meshes import automatic, specs_of
+from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
 
 
@@ -19,7 +22,7 @@ def precondition_kernel(
 
     Args:
       spec: the layer.
-      inverses: the inverses of the layer's damped factors.
+      inverses: the inverses of the layer's damped factors, as they stand in the state.
       kernel: gradient of the kernel.
       bias: gradient of the bias, or None.
 
@@ -29,6 +32,7 @@ def precondition_kernel(
     Source: Gao et al. 2021, Algorithm 1.
     """
     layout, stack = spec.layout, len(spec.stack)
+    inverses = inverses_in_shape(spec, inverses)
     # Inverses may be stored in low precision; products are not computed in it.
     dtype = jnp.promote_types(inverses.psi.dtype, jnp.float32)
     phi, psi = inverses.phi.astype(dtype), inverses.psi.astype(dtype)
@@ -60,7 +64,7 @@ def precondition(
     inverses: Mapping[str, KroneckerInverses],
     layers: Mapping[str, LayerSpec],
     norm_constraint: float | Array | None = None,
-) -> Any:
+) -> tuple[Any, dict[str, Bool[Array, ""]]]:
     """Preconditions the layers' gradients in a tree and hands every other leaf on as it is.
 
     Args:
@@ -71,32 +75,44 @@ def precondition(
         over all layers; in units of the loss. None: no bound.
 
     Returns:
-      A tree of the same structure and dtypes.
+      A tree of the same structure and dtypes; and by layer, whether its step was finite. A step that was not is zero.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(gradients, is_leaf=is_masked)
     names = [parameter_name(path) for path, _ in flat]
     leaves = dict(zip(names, (leaf for _, leaf in flat), strict=True))
     steps: dict[str, Array] = {}
+    good: dict[str, Array] = {}
     for name, inverse in inverses.items():
         spec = layers[name]
         bias = None if spec.bias is None else leaves[spec.bias]
-        kernel_step, bias_step = precondition_kernel(spec, inverse, leaves[spec.kernel], bias)
-        steps[spec.kernel] = kernel_step
+        given = leaves[spec.kernel], bias
+        kernel_step, bias_step = automatic(
+            functools.partial(precondition_kernel, spec), inverse, *given, out=specs_of(given)
+        )
+        finite = jnp.isfinite(kernel_step).all()
+        if bias_step is not None:
+            finite &= jnp.isfinite(bias_step).all()
+        good[name] = finite
+        steps[spec.kernel] = jnp.where(finite, kernel_step, 0)
         if spec.bias is not None and bias_step is not None:
-            steps[spec.bias] = bias_step
+            steps[spec.bias] = jnp.where(finite, bias_step, 0)
     if norm_constraint is not None:
         steps = _constrain(steps, leaves, norm_constraint)
-    return jax.tree.unflatten(treedef, [steps.get(name, leaves[name]) for name in names])
+    return jax.tree.unflatten(treedef, [steps.get(name, leaves[name]) for name in names]), good
 
 
 def _constrain(
     steps: dict[str, Array], gradients: Mapping[str, Any], bound: float | Array
 ) -> dict[str, Array]:
-    product = sum(
-        jnp.vdot(step.astype(jnp.promote_types(step.dtype, jnp.float32)), gradients[name])
-        for name, step in steps.items()
-    )
+    def product_of(name: str, step: Array) -> Array:
+        wide = step.astype(jnp.promote_types(step.dtype, jnp.float32))
+        # Where there is no step the gradient may be anything.
+        return jnp.sum(jnp.where(step == 0, 0, wide * gradients[name]))
+
+    product = sum(product_of(name, step) for name, step in steps.items())
     positive = product > 0
     scale = jnp.where(positive, jnp.sqrt(bound / jnp.where(positive, product, 1)), 1)
+    # Products of finite numbers can overflow, and cancel each other then.
+    scale = jnp.where(jnp.isnan(product), 0, scale)
     scale = jnp.minimum(scale, 1)
     return {name: (step * scale).astype(step.dtype) for name, step in steps.items()}

@@ -24,7 +24,8 @@ from tkfac_jax.estimators import (
 from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers
 from tkfac_jax.likelihoods import Likelihood
-from tkfac_jax.tagged import Statistics, TaggedModel, average
+from tkfac_jax.meshes import mean_over, varying_axes
+from tkfac_jax.tagged import Statistics, TaggedModel
 
 Likelihoods = Likelihood | Mapping[str, Likelihood]
 Sharings = Sharing | Mapping[str, Sharing]
@@ -164,7 +165,7 @@ def empirical_fisher(
             raise ValueError(MISSING_TARGETS)
         batch = Batch(position_mask, example_weights)
         estimate = empirical_estimate(likelihood, batch, targets)
-        return model.statistics(estimate, batch, axis_name, params, args, kwargs)
+        return model.statistics(estimate, batch, axis_name, params, args, kwargs, targets)
 
     return fisher
 
@@ -312,14 +313,15 @@ def value_and_grad_with_fisher(
     ) -> Any:
         batch = Batch(position_mask, example_weights)
         estimate = estimate_on(batch, targets, key)
-        outputs, pull_back, aux = model.linearize(True, batch, params, args, kwargs)
+        axes = varying_axes((params, args, kwargs, batch, targets))
+        outputs, pull_back, aux = model.linearize(True, axes, batch, params, args, kwargs)
         loss, derivative = jax.value_and_grad(
             lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
         )(outputs)
         gradient, _ = pull_back(derivative)
         statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[1])
         predicted = (outputs, aux) if has_aux else outputs
-        return (loss, predicted), gradient, average(statistics, axis_name)
+        return (loss, predicted), gradient, mean_over(statistics, axis_name)
 
     return value_and_grad
 

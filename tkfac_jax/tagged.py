@@ -10,6 +10,7 @@ from tkfac_jax.capture import Counting, LayerStatistics, Options, tagging, zero_
 from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimate
 from tkfac_jax.layers import Layers, visible_layers
+from tkfac_jax.meshes import mean_over, vary, varying_axes
 
 Statistics = dict[str, LayerStatistics]
 
@@ -38,19 +39,32 @@ class TaggedModel(NamedTuple):
         params: Any,
         args: Any,
         kwargs: Any,
+        targets: Any = None,
     ) -> Statistics:
         """The statistics by an estimate."""
-        outputs, pull_back, _ = self.linearize(False, batch, params, args, kwargs)
+        axes = varying_axes((params, args, kwargs, batch, targets))
+        outputs, pull_back, _ = self.linearize(False, axes, batch, params, args, kwargs)
         statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[0])
-        return average(statistics, axis_name)
+        return mean_over(statistics, axis_name)
 
     def linearize(
-        self, with_gradient: bool, batch: Batch, params: Any, args: Any, kwargs: Any
+        self,
+        with_gradient: bool,
+        axes: frozenset[str],
+        batch: Batch,
+        params: Any,
+        args: Any,
+        kwargs: Any,
     ) -> tuple[Any, Callable[[Any], Any], Any]:
-        """Outputs, aux, and the map from output derivatives to `([gradient,] statistics)` summed over examples."""
+        """Outputs, aux, and the map from output derivatives to `([gradient,] statistics)` summed over examples.
+
+        The sums are those of the device's own examples: params and slots vary over `axes`, the mesh axes over
+        which the examples vary, so that differentiation does not add them up over devices.
+        """
         visible_layers(self.layers, params, "params")
-        slots = zero_slots(self.layers)
+        slots = vary(zero_slots(self.layers), axes)
         if with_gradient:
+            params = vary(params, axes)
 
             def both(params: Any, slots: Statistics) -> tuple[Any, Any]:
                 return self._call(params, slots, batch, args, kwargs)
@@ -90,11 +104,6 @@ def _distinct(params: Any) -> Any:
         return leaf
 
     return jax.tree.map(copy_if_seen, params)
-
-
-def average(statistics: Statistics, axis_name: str | None) -> Statistics:
-    """The mean of statistics over a mapped axis, if there is one."""
-    return statistics if axis_name is None else jax.lax.pmean(statistics, axis_name)
 
 
 def _check_options(options: Options, layers: Layers) -> None:

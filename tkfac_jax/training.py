@@ -1,14 +1,14 @@
 """A training step in which every kind of step is a compiled program of its own."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 
 from tkfac_jax.capture import Rule, trace_restricted
-from tkfac_jax.curvature import find_state
+from tkfac_jax.curvature import Share, find_state, first_step_of, num_shares, share_at
 from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimator, nll_of
 from tkfac_jax.joint import as_likelihood
@@ -21,6 +21,8 @@ from tkfac_jax.statistics import (
     value_and_grad_with_fisher,
 )
 from tkfac_jax.transform import check_interval
+
+Refresh = Literal["none", "share", "all"]
 
 
 def make_train_step(
@@ -37,6 +39,7 @@ def make_train_step(
     rule: Rule = trace_restricted,
     precision: Precision = HIGHEST,
     has_aux: bool = False,
+    spread_inverses: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., Any]:
     """Builds a training step that compiles one program for each kind of step.
@@ -60,6 +63,8 @@ def make_train_step(
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
       precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`, as with the new state of BatchNorm.
+      spread_inverses: spreads new inverses over `inverse_interval`, a few layers at a time, so that no step takes much
+        longer than others; the first step refreshes all. The optimizer's own option is not used.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
 
@@ -104,13 +109,19 @@ def make_train_step(
         (loss, predicted), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return (loss, predicted), gradient, None
 
-    def program(new_statistics: bool, new_inverses: bool) -> Callable[..., Any]:
+    num = num_shares(len(layers), inverse_interval)
+
+    def program(new_statistics: bool, refresh: Refresh) -> Callable[..., Any]:
         value_and_grad = with_fisher if new_statistics else without_fisher
 
         def run(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
             (loss, predicted), gradient, statistics = value_and_grad(params, *args, **data)
             if axis_name is not None:
                 loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
+            new_inverses: bool | Share = refresh == "all"
+            if refresh == "share":
+                number = share_at(find_state(opt_state).step, inverse_interval, num)
+                new_inverses = Share(number, num)
             updates, opt_state = optimizer.update(
                 gradient, opt_state, params, statistics=statistics, refresh_inverses=new_inverses
             )
@@ -121,7 +132,7 @@ def make_train_step(
             return jax.pmap(run, axis_name=axis_name, donate_argnums=(0, 1))
         return jax.jit(run, donate_argnums=(0, 1))
 
-    programs: dict[tuple[bool, bool], Callable[..., Any]] = {}
+    programs: dict[tuple[bool, Refresh], Callable[..., Any]] = {}
     counter = _HostCounter()
 
     def step(
@@ -134,7 +145,10 @@ def make_train_step(
         example_weights: Any = None,
     ) -> Any:
         number = counter.read(opt_state)
-        kind = number % fisher_interval == 0, number % inverse_interval == 0
+        kind = (
+            number % fisher_interval == 0,
+            _refresh_at(number, inverse_interval, num if spread_inverses else 1),
+        )
         if kind not in programs:
             programs[kind] = program(*kind)
         data = {
@@ -150,6 +164,14 @@ def make_train_step(
     return step
 
 
+def _refresh_at(step: int, interval: int, of: int) -> Refresh:
+    """Which inverses are refreshed at a step, if they are spread over an interval in so many shares."""
+    if step == 0 or of == 1:
+        return "all" if step % interval == 0 else "none"
+    first = first_step_of(share_at(step, interval, of), interval, of)
+    return "share" if step % interval == first else "none"
+
+
 class _HostCounter:
     """The number of the next step, kept on the host so that picking a program waits for no device."""
 
@@ -161,7 +183,9 @@ class _HostCounter:
         """The number of the step that `opt_state` is about to make."""
         step = find_state(opt_state).step
         if step is not self._seen:
-            self._number = int(np.asarray(step).flat[0])
+            # Of a step that several processes hold, each can read its own copy.
+            own = step.addressable_data(0) if isinstance(step, jax.Array) else step
+            self._number = int(np.asarray(own).flat[0])
         return self._number
 
     def advance(self, opt_state: Any) -> None:

@@ -6,14 +6,25 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from tkfac_jax.curvature import Averaging, Curvature, TkfacState
+from tkfac_jax.curvature import (
+    ADDED,
+    REFRESHED,
+    Averaging,
+    Curvature,
+    Share,
+    TkfacState,
+    first_step_of,
+    num_shares,
+    share_at,
+)
 from tkfac_jax.damping import Damping, TraceDamping, Value, factored_damping, normal_damping
 from tkfac_jax.factors import Decay
 from tkfac_jax.inverses import Inverse, cholesky_inverse
 from tkfac_jax.layers import Layers
-from tkfac_jax.precondition import precondition
+from tkfac_jax.storage import Storage
 
 Interval = int | Array
 
@@ -41,7 +52,10 @@ def scale_by_tkfac(
     inverse: Inverse | None = None,
     factor_dtype: Any = None,
     inverse_dtype: Any = None,
+    spread_inverses: bool = False,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    shard_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions the gradients of the layers with TKFAC's approximation of the inverse Fisher.
 
@@ -54,10 +68,11 @@ def scale_by_tkfac(
       `lax.cond` at every `fisher_interval`-th step only; or the statistics themselves, which are then used
       at this step; or None, for a step that leaves the factors alone.
     * `refresh_inverses`: None refreshes the inverses at every `inverse_interval`-th step, inside
-      `lax.cond`; a Python bool decides when the program is compiled.
+      `lax.cond`; a Python bool decides when the program is compiled; a `Share` refreshes those of one share of
+      the layers.
 
     Statistics that are not finite are skipped and counted; so are inversions that fail even with
-    more damping, where the old inverse stays.
+    more damping, where the old inverse stays; and a layer whose step is not finite makes none.
 
     Args:
       layers: what `find_layers` returned.
@@ -78,7 +93,13 @@ def scale_by_tkfac(
         of the layer's statistics, at least float32. Averages are computed in the wider of the two.
       inverse_dtype: dtype in which the inverses are stored, likewise; they are computed, and multiplied
         with, in at least float32.
-      axis_name: mapped axis over which statistics are averaged, if their Fisher function has not done it.
+      spread_inverses: spreads new inverses over the interval, a few layers at a time, so that no step takes
+        much longer than others; the first step refreshes all.
+      axis_name: mapped axis of `jax.pmap` or `jax.shard_map`: statistics are averaged over it, if their Fisher
+        function has not done it, and the inversions are divided among its devices.
+      mesh: mesh of a program under `jax.jit`, among whose devices the inversions are divided.
+      shard_state: with `mesh`, factors and inverses are divided over its devices, not kept whole on each; see
+        `state_shardings`. Where no axis divides evenly, they are filled up with zeros.
 
     Returns:
       The transformation; its state is a `TkfacState`.
@@ -107,15 +128,19 @@ def scale_by_tkfac(
       1
     """
     _check_options(layers, decay, fisher_interval, inverse_interval, averaging, norm_constraint)
+    _check_devices(axis_name, mesh, shard_state)
+    if spread_inverses and not isinstance(inverse_interval, int):
+        msg = "spread_inverses needs an inverse_interval that is a Python int: the layers are shared out beforehand."
+        raise ValueError(msg)
     curvature = Curvature(
         layers,
         damping if isinstance(damping, Damping) else normal_damping(damping),
         decay,
         averaging,
         cholesky_inverse if inverse is None else inverse,
+        Storage(factor_dtype, inverse_dtype, mesh, shard_state),
         axis_name,
-        factor_dtype,
-        inverse_dtype,
+        norm_constraint,
     )
 
     def update(
@@ -124,7 +149,7 @@ def scale_by_tkfac(
         params: Any = None,
         *,
         statistics: Any = _Missing,
-        refresh_inverses: bool | None = None,
+        refresh_inverses: bool | Share | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del params, extra_args
@@ -134,18 +159,22 @@ def scale_by_tkfac(
         if callable(statistics):
             make: Callable[[], Any] = statistics
             state = _when_due(
-                state, fisher_interval, lambda state: curvature.add(state, make(), active)
+                state, fisher_interval, ADDED, lambda state: curvature.add(state, make(), active)
             )
         elif statistics is not None:
-            state = curvature.add(state, statistics, active)
-        if refresh_inverses is None:
+            state = state._replace(**curvature.add(state, statistics, active))
+        if isinstance(refresh_inverses, Share):
+            state = state._replace(**curvature.refresh_share(state, active, refresh_inverses))
+        elif refresh_inverses is None and spread_inverses:
+            state = _spread(curvature, state, active, inverse_interval)
+        elif refresh_inverses is None:
             state = _when_due(
-                state, inverse_interval, lambda state: curvature.refresh(state, active)
+                state, inverse_interval, REFRESHED, lambda state: curvature.refresh(state, active)
             )
         elif refresh_inverses:
-            state = curvature.refresh(state, active)
-        updates = precondition(updates, state.inverses, active, norm_constraint)
-        return updates, state._replace(step=optax.safe_increment(state.step))
+            state = state._replace(**curvature.refresh(state, active))
+        updates, counted = curvature.precondition(updates, state, active)
+        return updates, state._replace(step=optax.safe_increment(state.step), **counted)
 
     return optax.GradientTransformationExtraArgs(curvature.init, update)
 
@@ -167,7 +196,10 @@ def tkfac(
     inverse: Inverse | None = None,
     factor_dtype: Any = None,
     inverse_dtype: Any = None,
+    spread_inverses: bool = False,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    shard_state: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """TKFAC, Algorithm 1 of the paper, on the layers; a complete optimizer of its own for all else.
 
@@ -191,7 +223,10 @@ def tkfac(
       inverse: inverts stacks of matrices; None is `cholesky_inverse`.
       factor_dtype: dtype in which the factors are stored.
       inverse_dtype: dtype in which the inverses are stored.
-      axis_name: mapped axis over which statistics are averaged.
+      spread_inverses: spreads new inverses over the interval.
+      axis_name: mapped axis over which statistics are averaged and inversions divided.
+      mesh: mesh of a program under `jax.jit`, among whose devices the inversions are divided.
+      shard_state: with `mesh`, factors and inverses are divided over its devices.
 
     Returns:
       The optimizer; its update function takes `statistics`, see `scale_by_tkfac`.
@@ -215,7 +250,10 @@ def tkfac(
             inverse=inverse,
             factor_dtype=factor_dtype,
             inverse_dtype=inverse_dtype,
+            spread_inverses=spread_inverses,
             axis_name=axis_name,
+            mesh=mesh,
+            shard_state=shard_state,
         )
     ]
     if not _is_zero(weight_decay):
@@ -223,7 +261,9 @@ def tkfac(
     steps.append(optax.scale_by_learning_rate(learning_rate))
     if not _is_zero(momentum):
         steps.append(optax.trace(momentum))
-    return optax.partition({"tkfac": optax.chain(*steps), "fallback": fallback}, layers.labels)
+    # A gradient that is not finite must not reach the fallback's averages.
+    guarded = optax.apply_if_finite(fallback, max_consecutive_errors=2**31 - 1)
+    return optax.partition({"tkfac": optax.chain(*steps), "fallback": guarded}, layers.labels)
 
 
 def kfac(
@@ -264,11 +304,40 @@ kfac.__signature__ = inspect.signature(tkfac)  # pyright: ignore[reportFunctionM
 
 
 def _when_due(
-    state: TkfacState, interval: Interval, change: Callable[[TkfacState], TkfacState]
+    state: TkfacState,
+    interval: Interval,
+    fields: tuple[str, ...],
+    change: Callable[[TkfacState], dict[str, Any]],
 ) -> TkfacState:
     if isinstance(interval, int) and interval == 1:
-        return change(state)
-    return jax.lax.cond(state.step % interval == 0, change, lambda state: state, state)
+        return state._replace(**change(state))
+    return _if(state.step % interval == 0, state, fields, lambda: change(state))
+
+
+def _if(
+    due: Array, state: TkfacState, fields: tuple[str, ...], change: Callable[[], dict[str, Any]]
+) -> TkfacState:
+    """The state with the fields that a function changes, if due. Other fields do not pass the conditional."""
+    kept = {field: getattr(state, field) for field in fields}
+    return state._replace(**jax.lax.cond(due, change, lambda: kept))
+
+
+def _spread(
+    curvature: Curvature, state: TkfacState, active: Any, inverse_interval: Any
+) -> TkfacState:
+    """Refreshes the share of the layers that is due, or at the first step all."""
+    of = num_shares(len(active), inverse_interval)
+    place, number = state.step % inverse_interval, share_at(state.step, inverse_interval, of)
+
+    def share_or_all() -> dict[str, Any]:
+        return jax.lax.cond(
+            state.step == 0,
+            lambda: curvature.refresh(state, active),
+            lambda: curvature.refresh_share(state, active, Share(number, of)),
+        )
+
+    due = place == first_step_of(number, inverse_interval, of)
+    return _if(due, state, REFRESHED, share_or_all)
 
 
 def _is_zero(value: Any) -> bool:
@@ -299,6 +368,21 @@ def _check_options(
         _check_number(
             "norm_constraint", norm_constraint, lambda value: value > 0, "a positive number"
         )
+
+
+def _check_devices(axis_name: Any, mesh: Any, shard_state: bool) -> None:
+    if axis_name is not None and mesh is not None:
+        msg = (
+            f"axis_name={axis_name!r} and a mesh are given; expected one of them: axis_name under jax.pmap and "
+            "jax.shard_map, mesh under jax.jit."
+        )
+        raise ValueError(msg)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        msg = f"mesh is {type(mesh).__name__}; expected a jax.sharding.Mesh, as of jax.make_mesh(...)."
+        raise ValueError(msg)
+    if shard_state and mesh is None:
+        msg = "shard_state=True needs the mesh over which the state is divided: give mesh=..."
+        raise ValueError(msg)
 
 
 def check_interval(name: str, interval: Any) -> None:

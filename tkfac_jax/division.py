@@ -1,0 +1,156 @@
+"""Dividing the inversion of many matrices among devices.
+
+Matrices are sorted by size and dealt out in rounds, one to each device, the largest first. A round is one
+stack, in which matrices are filled up to the size of its first; rounds of one size are one stack. As
+neighbours in the order are of similar size little is added, and every device does the same. On one device
+nothing is filled up, and each size is one stack.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from tkfac_jax.meshes import is_checked
+
+StackFunction = Callable[[Array], Any]
+
+
+class Piece(NamedTuple):
+    """Matrices `start` to `stop` of all those of one size."""
+
+    size: int
+    start: int
+    stop: int
+
+
+class Devices(NamedTuple):
+    """The devices that divide the work; one, if neither a mapped axis nor a mesh is given.
+
+    Attributes:
+      axis_name: mapped axis of `jax.pmap` or `jax.shard_map`, on which all devices hold the same matrices.
+      mesh: mesh over whose devices a program under `jax.jit` is divided.
+    """
+
+    axis_name: Any = None
+    mesh: Mesh | None = None
+
+    def size(self) -> int:
+        """The number of devices."""
+        if self.axis_name is not None:
+            return jax.lax.axis_size(self.axis_name)
+        return 1 if self.mesh is None else self.mesh.size
+
+    def map(self, function: StackFunction, stack: Float[Array, "n size size"]) -> Any:
+        """Applies a function to a stack, each device to an equal share of it.
+
+        Args:
+          function: from matrices to arrays with the same first axis, matrix by matrix.
+          stack: the matrices, a multiple of the number of devices.
+
+        Returns:
+          What the function returns for the whole stack.
+        """
+        if self.axis_name is not None:
+            share = len(stack) // self.size()
+            start = jax.lax.axis_index(self.axis_name) * share
+            own = function(jax.lax.dynamic_slice_in_dim(stack, start, share))
+            return jax.tree.map(self._gather, own)
+        if self.mesh is not None:
+            # Not a constraint on the stack alone: what the function does matrix by matrix is a loop on
+            # CPUs, which the compiler would not divide.
+            context = jax.sharding.get_abstract_mesh()
+            mesh = self.mesh if context.empty else context
+            first_axis = PartitionSpec(mesh.axis_names)
+            return jax.shard_map(
+                function, mesh=mesh, in_specs=first_axis, out_specs=first_axis, check_vma=False
+            )(stack)
+        return function(stack)
+
+    def _gather(self, own: Array) -> Array:
+        """The shares of all devices, one after the other."""
+        if not is_checked(self.axis_name):
+            return jax.lax.all_gather(own, self.axis_name, tiled=True)
+        # What all devices gather is the same on all, which has to be said where JAX checks it.
+        if hasattr(jax.lax, "all_gather_invariant"):  # JAX 0.8
+            gather = jax.lax.all_gather_invariant  # pyright: ignore[reportAttributeAccessIssue]
+            return gather(own, self.axis_name, tiled=True)
+        return jax.lax.all_gather(own, self.axis_name, tiled=True, to="invarying")
+
+
+def map_matrices(
+    function: StackFunction, groups: Mapping[int, Float[Array, "n size size"]], devices: Devices
+) -> dict[int, Any]:
+    """Applies a function to all matrices, divided among devices.
+
+    Args:
+      function: from a stack `(n, size, size)` to a pair of such a stack and an array `(n,)`, matrix by matrix.
+        What a matrix is filled up with, a multiple of the identity, must not matter to the rest of its result.
+      groups: by size, all matrices of that size.
+      devices: the devices.
+
+    Returns:
+      By size, what the function returns for the matrices.
+    """
+    found: dict[int, list[Any]] = {size: [] for size in groups}
+    count = devices.size()
+    for pieces in deal({size: len(group) for size, group in groups.items()}, count):
+        largest = pieces[0].size
+        parts = [_filled(groups[p.size][p.start : p.stop], largest) for p in pieces]
+        missing = -sum(len(part) for part in parts) % count
+        if missing:
+            identity = jnp.eye(largest, dtype=parts[0].dtype)
+            parts.append(jnp.broadcast_to(identity, (missing, largest, largest)))
+        matrices, flags = devices.map(
+            function, jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        )
+        start = 0
+        for size, first, stop in pieces:
+            end = start + stop - first
+            found[size].append((matrices[start:end, :size, :size], flags[start:end]))
+            start = end
+    return {
+        size: results[0]
+        if len(results) == 1
+        else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+        for size, results in found.items()
+    }
+
+
+def deal(counts: Mapping[int, int], devices: int) -> list[list[Piece]]:
+    """Deals matrices out to devices.
+
+    Args:
+      counts: by size, how many matrices there are.
+      devices: the number of devices.
+
+    Returns:
+      The stacks, each as the pieces that it consists of, the largest first. Only where nothing smaller is left
+      is a stack not a multiple of the number of devices.
+    """
+    stacks: list[list[Piece]] = []
+    free = 0
+    for size in sorted(counts, reverse=True):
+        count = counts[size]
+        taken = min(free, count)
+        if taken:
+            stacks[-1].append(Piece(size, 0, taken))
+            free -= taken
+        if taken < count:
+            stacks.append([Piece(size, taken, count)])
+            free = -(count - taken) % devices
+    return stacks
+
+
+def _filled(matrices: Float[Array, "n size size"], size: int) -> Float[Array, "n larger larger"]:
+    """Fills matrices up to a size with their mean diagonal, so that scale and condition stay theirs."""
+    own = matrices.shape[-1]
+    if own == size:
+        return matrices
+    mean = jnp.trace(matrices, axis1=-2, axis2=-1) / own
+    rest = mean[:, None] * (jnp.arange(size) >= own)
+    wider = jnp.pad(matrices, ((0, 0), (0, size - own), (0, size - own)))
+    return wider + rest[:, :, None] * jnp.eye(size, dtype=matrices.dtype)
