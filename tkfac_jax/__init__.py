@@ -3,6 +3,7 @@
 from tkfac_jax import analysis
 from tkfac_jax import linen as _linen  # noqa: F401 - registers the layers of Flax Linen
 from tkfac_jax import nnx as _nnx  # noqa: F401 - and those of Flax NNX
+from tkfac_jax.accumulation import multi_steps
 from tkfac_jax.calls import (
     LayerCall,
     attend_call,
@@ -68,6 +69,7 @@ __all__ = [
     "independent",
     "kfac",
     "make_train_step",
+    "multi_steps",
     "normal_damping",
     "sampled_fisher",
     "scale_by_tkfac",
