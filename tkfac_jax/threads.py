@@ -47,8 +47,6 @@ def limit_lapack_threads() -> None:
 
 @functools.cache
 def _limit_once() -> None:
-    if any(os.environ.get(name) for name in VARIABLES):
-        return
     # A slow inverse is better than none, whatever libraries there are.
     try:
         for library in _libraries_of_scipy(_loaded_libraries()):
