@@ -67,6 +67,9 @@ def multi_steps(
     optimizer as they come with the last micro-batch. Statistics of one micro-batch that are not finite
     spoil the mean, which the optimizer skips and counts as it would those of the whole batch.
 
+    Not for `make_train_step`, which decides about statistics and inverses at every call: it wants the optimizer
+    itself and whole batches.
+
     Args:
       optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`.
       every_k: micro-batches of a whole step.
