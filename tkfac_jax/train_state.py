@@ -39,9 +39,10 @@ class TrainState(train_state.TrainState):
     """
 
     # Narrower in Flax, where they are not checked: params may be a plain dictionary, and JAX puts
-    # other things than arrays into a tree.
+    # other things than arrays into a tree. Up to Optax 0.2.5 the type of states admits no empty state.
     step: Any
     params: Any
+    opt_state: Any
 
     def apply_gradients(
         self,
