@@ -141,13 +141,14 @@ def recorder(records):
 
 
 @pytest.mark.parametrize("statistics", [None, {"Dense_0": 1}, dict])
-@pytest.mark.parametrize("refresh", [{}, {"refresh_inverses": True}, {"refresh_inverses": False}])
+@pytest.mark.parametrize("refresh", [True, False, tkfac.Share(1, of=3), None])
 def test_what_is_passed_on(statistics, refresh):
     records = []
     params = {"w": jnp.ones(3)}
     state = tkfac.TrainState.create(apply_fn=dict, params=params, tx=recorder(records))
-    state = state.apply_gradients(grads=params, statistics=statistics, **refresh)
-    assert records == [{"refresh_inverses": None, "statistics": statistics} | refresh]
+    options = {} if refresh is None else {"refresh_inverses": refresh}
+    state.apply_gradients(grads=params, statistics=statistics, **options)
+    assert records == [{"refresh_inverses": refresh, "statistics": statistics}]
 
 
 def test_fields_are_replaced():

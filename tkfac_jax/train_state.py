@@ -5,6 +5,8 @@ from typing import Any
 import optax
 from flax.training import train_state
 
+from tkfac_jax.curvature import Share
+
 
 class _NotGiven:
     """Stands for an argument that was not given, where None means something."""
@@ -49,7 +51,7 @@ class TrainState(train_state.TrainState):
         *,
         grads: Any,
         statistics: Any = _NotGiven,
-        refresh_inverses: bool | None = None,
+        refresh_inverses: bool | Share | None = None,
         **kwargs: Any,
     ) -> "TrainState":
         """Makes one step.
