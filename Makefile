@@ -1,18 +1,52 @@
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 INSTALLED := $(VENV)/installed
 
 # Threads of the LAPACK library would compete with XLA's own.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+# What runs on the oldest and the newest releases: the tests that meet the most of the APIs of JAX, Flax and Optax.
+RELEASE_TESTS := \
+  tests/test_calls.py \
+  tests/test_composed_layers.py \
+  tests/test_train_state.py \
+  tests/test_training.py
+
+# The newest Python from 3.12 on that runs, on PATH or among pyenv's. One of pyenv's shims may exist and yet not run.
+NEWEST_PYTHON ?= $(shell \
+  IFS=:; for folder in $$PATH "$$(pyenv root 2>&-)"/versions/*/bin "$$HOME"/.pyenv/versions/*/bin; do \
+    for python in "$$folder"/python3.[0-9] "$$folder"/python3.[0-9][0-9]; do \
+      "$$python" -c 'import ensurepip, sys, venv; v = sys.version_info; \
+        v >= (3, 12) and v.releaselevel == "final" and print(*v[:3], sys.executable)' 2>&-; \
+    done; \
+  done | sort -k1,1n -k2,2n -k3,3n | tail -n 1 | cut -d ' ' -f 4)
+
+.PHONY: demo test test-oldest test-newest lint clean
 
 # Trains a small network on scikit-learn's digits with five optimizers.
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.digits
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --numprocesses=2
+	$(VENV)/bin/python -m pytest --numprocesses=2 --dist=worksteal
+
+# A selection of the tests on the oldest releases that pyproject.toml admits.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest --numprocesses=2 --dist=worksteal $(RELEASE_TESTS)
+
+# The same on the newest releases, which want a newer Python than 3.11.
+test-newest:
+	@if test -e $(NEWEST)/installed || test -n '$(NEWEST_PYTHON)'; then \
+	  $(MAKE) --no-print-directory run-newest; \
+	else \
+	  echo 'test-newest is skipped: there is no Python 3.12 or newer; NEWEST_PYTHON=... names one'; \
+	fi
+
+.PHONY: run-newest
+run-newest: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest --numprocesses=2 --dist=worksteal $(RELEASE_TESTS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -23,7 +57,19 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	touch $(INSTALLED)
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints/oldest.txt --editable '.[test]'
+	touch $@
+
+$(NEWEST)/installed: pyproject.toml
+	$(NEWEST_PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
 
 clean:
-	rm -rf $(VENV) results .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) results .pytest_cache .ruff_cache
