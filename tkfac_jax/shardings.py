@@ -30,12 +30,13 @@ def state_shardings(opt_state: Any, mesh: Mesh) -> Any:
       >>> x = jnp.ones((2, 63))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> layers = tkfac.find_layers(lambda params, x: model.apply({"params": params}, x), params, x)
-      >>> mesh = jax.make_mesh((2,), ("data",))
-      >>> optimizer = tkfac.tkfac(0.1, layers)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> optimizer = tkfac.tkfac(0.1, layers, mesh=mesh, shard_state=True)
       >>> shardings = tkfac.state_shardings(jax.eval_shape(optimizer.init, params), mesh)
       >>> state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-      >>> [shard.data.shape for shard in optax.tree.get(state, "factors")["."].phi.addressable_shards]
-      [(32, 64), (32, 64)]
+      >>> phi = optax.tree.get(state, "factors")["."].phi
+      >>> mesh.size * phi.addressable_shards[0].data.size == phi.size
+      True
     """
 
     def of(leaf: Any) -> Any:

@@ -69,8 +69,7 @@ def sampled_fisher(
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
       precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`; `aux` is dropped.
-      axis_name: mapped axis (of `jax.pmap`, `jax.vmap`, or `jax.shard_map` with `check_vma=False`) over
-        which the statistics are averaged.
+      axis_name: mapped axis (of `jax.pmap`, `jax.vmap` or `jax.shard_map`) over which the statistics are averaged.
 
     Returns:
       `fisher(params, *args, key, position_mask=None, example_weights=None, **kwargs)`: the statistics, a
