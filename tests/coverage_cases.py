@@ -288,15 +288,15 @@ def make(layer: Layer, framework: str) -> Problem:
     if framework == "linen":
         module = layer.linen()
         start = inputs if layer.method == "__call__" else jnp.zeros((1, 1), int)
-        variables = module.init(jax.random.key(0), start)
+        variables = jax.eval_shape(module.init, jax.random.key(0), start)
         others = {k: randomly(v) for k, v in variables.items() if k != "params"}
-        others = jax.tree.map(jnp.abs, others)
+        others = jax.tree.map(abs, others)
 
         def apply(params, x):
             return module.apply({"params": params, **others}, x, method=layer.method)
 
         return Problem(apply, randomly(variables["params"]), inputs, dict)
-    module = layer.nnx(rngs=nnx.Rngs(0))
+    module = nnx.jit(lambda: layer.nnx(rngs=nnx.Rngs(0)))()
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
     def apply(params, x):

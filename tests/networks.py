@@ -1,4 +1,10 @@
-"""Small Flax models that several tests share."""
+"""Small Flax models that several tests share.
+
+A program of one operation takes about as long to compile as a small network: what makes a model is one program,
+and a model is made once.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -55,27 +61,49 @@ class ConvNet(nn.Module):
         return nn.Dense(3, dtype=self.dtype, param_dtype=self.dtype)(x)
 
 
-def mlp_problem(batch=6, d_in=4):
-    """A float64 Mlp with classification data: predict, params, inputs, targets, layers."""
+def fresh(tree):
+    """A copy, which may be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+@functools.cache
+def _mlp_problem(batch, d_in):
     model = Mlp()
-    inputs = jax.random.normal(jax.random.key(1), (batch, d_in), jnp.float64)
-    targets = jax.random.randint(jax.random.key(2), (batch,), 0, 3)
-    params = as_float64(model.init(jax.random.key(3), inputs)["params"])
-    # Biases that are not zero, so that a misplaced bias row cannot hide.
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+
+    @jax.jit
+    def make():
+        inputs = jax.random.normal(jax.random.key(1), (batch, d_in), jnp.float64)
+        targets = jax.random.randint(jax.random.key(2), (batch,), 0, 3)
+        params = as_float64(model.init(jax.random.key(3), inputs)["params"])
+        # Biases that are not zero, so that a misplaced bias row cannot hide.
+        return (
+            inputs,
+            targets,
+            jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params),
+        )
 
     def predict(params, inputs):
         return model.apply({"params": params}, inputs)
 
+    inputs, targets, params = make()
     return predict, params, inputs, targets, tkfac.find_layers(predict, params, inputs)
 
 
-def convnet_problem(batch=8, dtype=jnp.float32):
-    """A ConvNet with classification data: predict (with aux), params, batch_stats, inputs, targets, layers."""
+def mlp_problem(batch=6, d_in=4):
+    """A float64 Mlp with classification data: predict, params, inputs, targets, layers."""
+    predict, params, *others = _mlp_problem(batch, d_in)
+    return predict, fresh(params), *others
+
+
+@functools.cache
+def _convnet_problem(batch, dtype):
     model = ConvNet(dtype)
-    inputs = jax.random.normal(jax.random.key(1), (batch, 6, 6, 2), dtype)
-    targets = jax.random.randint(jax.random.key(2), (batch,), 0, 3)
-    variables = model.init(jax.random.key(3), inputs)
+
+    @jax.jit
+    def make():
+        inputs = jax.random.normal(jax.random.key(1), (batch, 6, 6, 2), dtype)
+        targets = jax.random.randint(jax.random.key(2), (batch,), 0, 3)
+        return inputs, targets, model.init(jax.random.key(3), inputs)
 
     def predict(params, batch_stats, inputs):
         outputs, new = model.apply(
@@ -83,5 +111,13 @@ def convnet_problem(batch=8, dtype=jnp.float32):
         )
         return outputs, new["batch_stats"]
 
-    layers = tkfac.find_layers(predict, variables["params"], variables["batch_stats"], inputs)
-    return predict, variables["params"], variables["batch_stats"], inputs, targets, layers
+    inputs, targets, variables = make()
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    layers = tkfac.find_layers(predict, params, batch_stats, inputs)
+    return predict, params, batch_stats, inputs, targets, layers
+
+
+def convnet_problem(batch=8, dtype=jnp.float32):
+    """A ConvNet with classification data: predict (with aux), params, batch_stats, inputs, targets, layers."""
+    predict, params, batch_stats, *others = _convnet_problem(batch, dtype)
+    return predict, fresh(params), fresh(batch_stats), *others

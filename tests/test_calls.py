@@ -19,6 +19,7 @@ def assert_equal(received, expected):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **ROUNDING), received, expected)
 
 
+@functools.cache
 def data():
     x = jax.random.normal(jax.random.key(0), (5, 3), jnp.float64)
     w = jax.random.normal(jax.random.key(1), (3, 2), jnp.float64)
@@ -29,10 +30,11 @@ def statistics_of(predict, params):
     x, _, _, y = data()
     layers = tkfac.find_layers(predict, params, x)
     (spec,) = layers.values()
-    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=y)
-    return spec, received[spec.name]
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    return spec, jax.jit(fisher)(params, x, targets=y)[spec.name]
 
 
+@functools.cache
 def flax_statistics():
     _, w, b, _ = data()
     model = nn.Dense(2, dtype=jnp.float64)
@@ -63,8 +65,9 @@ def test_a_tag_by_hand_equals_a_layer_of_flax(transposed, checkpointed):
     assert_equal(received, flax_statistics())
     layers = tkfac.Layers((spec,))
     optimizer = tkfac.scale_by_tkfac(layers, damping=0.1)
-    updates, _ = optimizer.update(
-        params, optimizer.init(params), params, statistics={"first": received}
+    state = jax.eval_shape(optimizer.init, params)
+    updates, _ = jax.eval_shape(
+        optimizer.update, params, state, params, statistics={"first": received}
     )
     assert updates["first"]["kernel"].shape == kernel.shape
 
@@ -165,7 +168,7 @@ def test_equinox():
         inverse_interval=1,
         estimator="exact",
     )
-    opt_state, losses = optimizer.init(params), []
+    opt_state, losses = jax.jit(optimizer.init)(params), []
     for _ in range(5):
         params, opt_state, metrics = step(params, opt_state, x, targets=y)
         losses.append(float(metrics["loss"]))

@@ -26,6 +26,7 @@ def randomly(tree, seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(0.7 * rng.normal(size=leaf.shape)), tree)
 
 
+@functools.cache
 def inputs():
     return jax.random.normal(jax.random.key(5), (BATCH, LENGTH, WIDTH), jnp.float64)
 
@@ -79,7 +80,7 @@ def test_attention(framework):
     x = inputs()
     if framework == "linen":
         model = nn.MultiHeadDotProductAttention(2, **F64)
-        params = randomly(model.init(jax.random.key(0), x)["params"])
+        params = randomly(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
         own = params
 
         def apply(params, x):
@@ -102,19 +103,21 @@ def test_attention(framework):
         matrices[name] = jnp.broadcast_to(matrix, (BATCH, LENGTH, *matrix.shape))
     # jax.nn.dot_product_attention, which NNX calls, takes its scores in float32.
     rounding = ROUNDING if framework == "linen" else {"rtol": 1e-4, "atol": 1e-5}
-    np.testing.assert_allclose(attention(matrices, x), apply(params, x), **rounding)
-    expected = jax.grad(lambda m: loss(jnp.tanh(attention(m, x))))(matrices)
+    np.testing.assert_allclose(
+        jax.jit(attention)(matrices, x), jax.jit(apply)(params, x), **rounding
+    )
+    expected = jax.jit(jax.grad(lambda m: loss(jnp.tanh(attention(m, x)))))(matrices)
     received = received_statistics(lambda p, x: jnp.tanh(apply(p, x)), params, x)
     assert_statistics(received, expected, rounding)
 
 
 def linen_cell(name):
     cell = getattr(nn, name)(3, **F64)
-    params = randomly(
-        cell.init(
-            jax.random.key(0), cell.initialize_carry(jax.random.key(0), (1, WIDTH)), inputs()[:1, 0]
-        )["params"]
-    )
+
+    def init(x):
+        return cell.init(jax.random.key(0), cell.initialize_carry(jax.random.key(0), x.shape), x)
+
+    params = randomly(jax.eval_shape(init, jnp.ones((1, WIDTH)))["params"])
 
     def unrolled(steps, x):
         carry = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
@@ -168,8 +171,8 @@ CELLS = {
 def test_recurrent_cells(name):
     predict, params, unrolled = CELLS[name]()
     x = inputs()
-    steps = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (LENGTH, *leaf.shape)), params)
-    np.testing.assert_allclose(unrolled(steps, x), predict(params, x), **ROUNDING)
+    steps = jax.tree.map(lambda leaf: jnp.asarray(np.stack([leaf] * LENGTH)), params)
+    np.testing.assert_allclose(jax.jit(unrolled)(steps, x), jax.jit(predict)(params, x), **ROUNDING)
     one = jax.grad(lambda steps, x: loss(unrolled(steps, x)))
     gradients = jax.jit(jax.vmap(lambda x: one(steps, x[None])))(x)
     expected = {}
@@ -179,5 +182,5 @@ def test_recurrent_cells(name):
         expected.setdefault("/".join(layer), {})[which] = leaf
     for layer, own in expected.items():
         rows = [own["kernel"]] + ([own["bias"][:, :, None]] if "bias" in own else [])
-        expected[layer] = jnp.concatenate(rows, axis=2)
+        expected[layer] = np.concatenate(rows, axis=2)
     assert_statistics(received_statistics(predict, params, x), expected)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pathlib
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,17 +24,20 @@ RULES = {
 ROUNDING = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def rows_by_brute_force(problem, layer, gradients):
+def rows_by_brute_force(problem, layer, head_gradient):
     """The input rows and gradient rows of a layer, from Flax's own layer and jax.vjp alone.
 
     The gradient of the layer's matrix, with the output's gradient masked to one location, is `a g^T`; with ones in
     place of the gradient it is `a 1^T`.
 
+    Args:
+      head_gradient: the gradient of the loss with respect to the layer's output.
+
     Returns:
       `(examples, locations, *blocks, d_in)` and `(examples, locations, *blocks, d_out)`.
     """
 
-    def at(example, location):
+    def at(example, location, gradients):
         inputs, own = (
             jnp.take(array, jnp.array([example]), layer.example_axis)
             for array in (problem.inputs, gradients)
@@ -52,15 +56,18 @@ def rows_by_brute_force(problem, layer, gradients):
         g = jnp.einsum("...io,...i->...o", product, a) / jnp.where(squares > 0, squares, 1)
         return a, g
 
-    one = jnp.take(gradients, jnp.array([0]), layer.example_axis)
-    locations = (
-        1 if layer.features is None else int(np.prod(one.shape[: one.ndim - layer.features]))
-    )
-    examples = problem.inputs.shape[layer.example_axis]
-    rows = jax.jit(jax.vmap(jax.vmap(at, (None, 0)), (0, None)))(
-        jnp.arange(examples), jnp.arange(locations)
-    )
-    return [np.asarray(side) for side in rows]
+    @jax.jit
+    def rows(params):
+        gradients = head_gradient(problem.apply(params, problem.inputs))
+        one = jnp.take(gradients, jnp.array([0]), layer.example_axis)
+        locations = (
+            1 if layer.features is None else int(np.prod(one.shape[: one.ndim - layer.features]))
+        )
+        return jax.vmap(jax.vmap(at, (None, 0, None)), (0, None, None))(
+            jnp.arange(problem.inputs.shape[layer.example_axis]), jnp.arange(locations), gradients
+        )
+
+    return [np.asarray(side) for side in rows(problem.params)]
 
 
 def expected_statistics(oracle, inputs, gradients):
@@ -95,26 +102,53 @@ def with_head(problem, layer):
     def predict(params, x):
         return head_of(problem.apply(params, x))
 
-    gradients = jax.grad(lambda y: 0.5 * jnp.sum((head_of(y) - targets) ** 2))(
-        problem.apply(problem.params, problem.inputs)
-    )
-    return predict, targets, gradients
+    return predict, targets, jax.grad(lambda y: 0.5 * jnp.sum((head_of(y) - targets) ** 2))
+
+
+class Case(NamedTuple):
+    """A layer under a head.
+
+    Attributes:
+      statistics: by rule.
+      rows: those of the layer's inputs and output gradients, by brute force.
+    """
+
+    problem: Any
+    layers: tkfac.Layers
+    statistics: dict[str, Any]
+    rows: list[np.ndarray]
+
+
+@functools.cache
+def make_case(name, framework):
+    layer = LAYERS[name]
+    problem = make(layer, framework)
+    predict, targets, head_gradient = with_head(problem, layer)
+    layers = tkfac.find_layers(predict, problem.params, problem.inputs, norms="exact")
+
+    @jax.jit
+    def statistics(params, inputs):
+        return {
+            rule: tkfac.empirical_fisher(predict, tkfac.Normal(), layers, rule=package_rule)(
+                params, inputs, targets=targets
+            )
+            for rule, (package_rule, _) in RULES.items()
+        }
+
+    rows = rows_by_brute_force(problem, layer, head_gradient)
+    return Case(problem, layers, statistics(problem.params, problem.inputs), rows)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name, framework, rule):
-    layer = LAYERS[name]
-    problem = make(layer, framework)
-    predict, targets, gradients = with_head(problem, layer)
-    layers = tkfac.find_layers(predict, problem.params, problem.inputs, norms="exact")
-    (spec,) = layers.values()
-    assert not layers.fallback
-    package_rule, oracle = RULES[rule]
-    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers, rule=package_rule)
-    received = jax.jit(fisher)(problem.params, problem.inputs, targets=targets)[spec.name]
-    a, g = rows_by_brute_force(problem, layer, gradients)
+    layer, case = LAYERS[name], make_case(name, framework)
+    (spec,) = case.layers.values()
+    assert not case.layers.fallback
+    received = case.statistics[rule][spec.name]
+    _, oracle = RULES[rule]
+    a, g = case.rows
     if layer.method == "attend":
         # The table's rows are on the side of the outputs there.
         a, g = g, a
@@ -150,7 +184,7 @@ def test_tied_embeddings_add_their_uses_up():
             return embed.attend(jnp.tanh(embed(tokens)))
 
     tokens = jnp.array([[0, 5, 5, 2], [1, 0, 3, 3]])
-    tied = Tied().init(jax.random.key(0), tokens)["params"]
+    tied = jax.jit(Tied().init)(jax.random.key(0), tokens)["params"]
     apart = {"first": tied["both"], "second": tied["both"]}
     received = []
     for model, params in ((Two(), apart), (Tied(), tied)):
@@ -160,8 +194,9 @@ def test_tied_embeddings_add_their_uses_up():
 
         layers = tkfac.find_layers(predict, params, tokens)
         assert not layers.fallback
-        received.append(tkfac.exact_fisher(predict, tkfac.Categorical(), layers)(params, tokens))
-    expected = jax.tree.map(jnp.add, received[0]["first"], received[0]["second"])
+        fisher = jax.jit(tkfac.exact_fisher(predict, tkfac.Categorical(), layers))
+        received.append(jax.tree.map(np.asarray, fisher(params, tokens)))
+    expected = jax.tree.map(np.add, received[0]["first"], received[0]["second"])
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, **ROUNDING), received[1]["both"], expected
     )
@@ -174,7 +209,7 @@ def test_batch_norm_in_training(framework):
     values = {"bias": jnp.array([0.1, -0.3, 0.2, 0.4]), "scale": jnp.array([1.5, 0.0, -0.7, 1.0])}
     if framework == "linen":
         model = nn.BatchNorm(use_running_average=False, **F64)
-        state = model.init(jax.random.key(0), x)["batch_stats"]
+        state = jax.jit(model.init)(jax.random.key(0), x)["batch_stats"]
 
         def apply(params, x):
             variables = {"params": params, "batch_stats": state}
@@ -197,12 +232,15 @@ def test_batch_norm_in_training(framework):
 
     layers = tkfac.find_layers(predict, params, x, norms="exact")
     targets = jnp.ones((5, 4))
-    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=targets)
+    fisher = jax.jit(tkfac.empirical_fisher(predict, tkfac.Normal(), layers))
+    received = fisher(params, x, targets=targets)
 
     def losses(params):
         return 0.5 * jnp.sum((predict(params, x) - targets) ** 2, -1)
 
-    bias, scale = (np.asarray(leaf) for leaf in jax.tree.leaves(jax.jacobian(losses)(params)))
+    bias, scale = (
+        np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(jax.jacobian(losses))(params))
+    )
     rows = np.concatenate([scale, bias], 1)
     np.testing.assert_allclose(received["."].input_moment, rows.T @ rows / 5, **ROUNDING)
     np.testing.assert_allclose(received["."].trace, np.sum(rows**2) / 5, **ROUNDING)
@@ -212,24 +250,21 @@ def test_batch_norm_in_training(framework):
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "attend"])
 def test_a_layer_is_preconditioned_as_its_matrix(name, framework):
     """`Phi^-1 W Psi^-1`, block by block, where the case itself says what the matrix of a kernel is."""
-    layer = LAYERS[name]
-    problem = make(layer, framework)
-    predict, targets, gradients = with_head(problem, layer)
-    layers = tkfac.find_layers(predict, problem.params, problem.inputs, norms="exact")
-    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
-    statistics = jax.jit(fisher)(problem.params, problem.inputs, targets=targets)
-    optimizer = tkfac.scale_by_tkfac(layers, damping=0.1)
+    layer, case = LAYERS[name], make_case(name, framework)
+    problem = case.problem
+    optimizer = tkfac.scale_by_tkfac(case.layers, damping=0.1)
     leaves, treedef = jax.tree.flatten(problem.params)
     rng = np.random.default_rng(2)
     gradient = treedef.unflatten([jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
-    state = optimizer.init(problem.params)
-    updates, _ = optimizer.update(gradient, state, problem.params, statistics=statistics)
-    received, matrix = (
-        np.asarray(layer.matrix(problem.by_name(tree))) for tree in (updates, gradient)
-    )
-    moments = expected_statistics(
-        oracles.trace_restricted, *rows_by_brute_force(problem, layer, gradients)
-    )
+
+    @jax.jit
+    def matrices(gradient, params, statistics):
+        state = optimizer.init(params)
+        updates, _ = optimizer.update(gradient, state, params, statistics=statistics)
+        return [layer.matrix(problem.by_name(tree)) for tree in (updates, gradient)]
+
+    received, matrix = map(np.asarray, matrices(gradient, problem.params, case.statistics["tkfac"]))
+    moments = expected_statistics(oracles.trace_restricted, *case.rows)
     for block in np.ndindex(matrix.shape[:-2]):
         factors = oracles.normalised([side[block] for side in moments])
         phi, psi = oracles.normal_damping(factors, 0.1)

@@ -28,7 +28,7 @@ class Positions(nn.Module):
 def positions_problem(broadcast, mapped=False):
     tokens = jax.random.randint(jax.random.key(0), (16, 4), 0, 7)
     model = Positions(broadcast)
-    params = model.init(jax.random.key(1), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
 
     def predict(params, tokens):
         return model.apply({"params": params}, tokens)
@@ -55,8 +55,9 @@ def test_positions_with_an_axis_of_examples_are_exact():
     layers = tkfac.find_layers(predict, params, tokens, on_unsupported="error")
     fisher = jax.jit(tkfac.exact_fisher(predict, tkfac.Categorical(), layers))
     received = fisher(params, tokens)["positions"]
+    tokens = np.asarray(tokens)
     alone = [fisher(params, tokens[i : i + 1])["positions"] for i in range(len(tokens))]
-    expected = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *alone)
+    expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *alone)
     for array, reference in zip(received, expected, strict=True):
         # The parameters are float32.
         np.testing.assert_allclose(array, reference, rtol=1e-5)
@@ -68,8 +69,8 @@ def test_an_argument_without_examples(how):
     first, last = nn.Dense(3), nn.Dense(2)
     x, time = jnp.ones((5, 3)), jnp.ones((4,) if how == "shared vector" else (5, 4))
     params = {
-        "first": first.init(jax.random.key(0), time)["params"],
-        "last": last.init(jax.random.key(1), x)["params"],
+        "first": jax.jit(first.init)(jax.random.key(0), time)["params"],
+        "last": jax.jit(last.init)(jax.random.key(1), x)["params"],
     }
 
     def predict(params, x, time):
@@ -83,7 +84,7 @@ def test_an_argument_without_examples(how):
 def test_examples_that_are_not_the_first_axis_of_the_input():
     layer = nn.Dense(2)
     x = jnp.ones((7, 5, 3))
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
 
     def predict(params, x):
         return jnp.swapaxes(layer.apply({"params": params}, x), 0, 1)
@@ -94,7 +95,7 @@ def test_examples_that_are_not_the_first_axis_of_the_input():
 def test_a_function_that_cannot_be_mapped_or_has_no_arguments_is_not_judged():
     layer = nn.Dense(2)
     x = jnp.ones((5, 3))
-    params = layer.init(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
 
     def closed_over(params):
         return layer.apply({"params": params}, x)
@@ -117,8 +118,8 @@ def test_derivatives_inside_the_function():
     layer, last = nn.Dense(4), nn.Dense(1)
     x = jnp.ones((5, 2))
     params = {
-        "first": layer.init(jax.random.key(0), x)["params"],
-        "last": last.init(jax.random.key(1), jnp.ones((1, 4)))["params"],
+        "first": jax.jit(layer.init)(jax.random.key(0), x)["params"],
+        "last": jax.jit(last.init)(jax.random.key(1), jnp.ones((1, 4)))["params"],
     }
 
     def network(params, x):

@@ -12,7 +12,7 @@ from tkfac_jax import discovery
 
 
 def init(model, *args):
-    return model.init(jax.random.key(0), *args)["params"]
+    return jax.jit(model.init)(jax.random.key(0), *args)["params"]
 
 
 def test_dense_layers_are_found_with_their_dimensions():
@@ -70,7 +70,7 @@ def test_several_models_nested_modules_and_dropout():
     x = jnp.ones((3, 5))
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     params = {
-        "encoder": encoder.init(rngs, x)["params"],
+        "encoder": jax.jit(encoder.init)(rngs, x)["params"],
         "decoder": init(decoder, jnp.ones((3, 4))),
     }
 
@@ -93,7 +93,7 @@ def test_a_jitted_function_is_looked_into():
     predict(params, x)
     layers = tkfac.find_layers(predict, params, x)
     fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)
-    assert float(fisher(params, x, key=jax.random.key(0))["."].trace) > 0
+    assert float(jax.jit(fisher)(params, x, key=jax.random.key(0))["."].trace) > 0
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ class Spectral(nn.Module):
 @pytest.mark.parametrize("module", [Cells, Spectral])
 def test_layers_of_linen_that_change_their_kernels_are_refused(module):
     x = jnp.ones((2, 4, 3))
-    variables = module().init(jax.random.key(0), x)
+    variables = jax.jit(module().init)(jax.random.key(0), x)
     others = {name: value for name, value in variables.items() if name != "params"}
     last = init(nn.Dense(2), jnp.ones((2, 3)))
 
@@ -309,7 +309,7 @@ def test_stacked_norms_are_not_reported_as_kernels():
 
     net = nn.scan(Normed, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
     x = jnp.ones((4, 3))
-    params = net.init(jax.random.key(0), x, None)["params"]
+    params = init(net, x, None)
 
     def predict(params, x):
         return net.apply({"params": params}, x, None)[0]
@@ -404,11 +404,14 @@ def test_partitioned_parameters_are_found_under_their_own_names():
     layers = tkfac.find_layers(predict, params, x)
     assert layers["."].kernel == "kernel"
     optimizer = tkfac.tkfac(0.1, layers)
-    state = optimizer.init(params)
-    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
-        params, x, key=jax.random.key(0)
-    )
-    updates, _ = optimizer.update(params, state, params, statistics=statistics)
+    fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)
+
+    @jax.jit
+    def run(params):
+        statistics = fisher(params, x, key=jax.random.key(0))
+        return optimizer.update(params, optimizer.init(params), params, statistics=statistics)[0]
+
+    updates = run(params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 

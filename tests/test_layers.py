@@ -22,8 +22,9 @@ def test_table_shows_layers_memory_and_fallback():
 
 
 def test_layers_are_hashable_equal_and_immutable():
-    _, _, _, _, one = mlp_problem()
-    _, _, _, _, two = mlp_problem()
+    predict, params, x, _, one = mlp_problem()
+    two = tkfac.find_layers(predict, params, x)
+    assert one is not two
     assert one == two
     assert hash(one) == hash(two)
     assert one != "layers"

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from networks import as_float64
 
 from tkfac_jax.calls import LayerCall, observing
 
@@ -25,19 +24,25 @@ CONVOLUTIONS = {
 }
 
 
-def rows_of(predict, params, x, gradients):
-    """The rows of the one layer that a function applies."""
-    calls = []
+def rows_of(model, params, x):
+    """The rows of a layer, with its output as the output's gradient; and the output, all as one program."""
 
-    def observe(call):
-        calls.append(call.layer)
-        return call.layer.output
+    @jax.jit
+    def run(params, x):
+        calls = []
 
-    with observing(observe):
-        predict(params, x)
-    (layer,) = calls
-    assert isinstance(layer, LayerCall)
-    return layer.form.rows(layer.inputs, gradients, layer.bias is not None)
+        def observe(call):
+            calls.append(call.layer)
+            return call.layer.output
+
+        with observing(observe):
+            output = model.apply({"params": params}, x)
+        (layer,) = calls
+        assert isinstance(layer, LayerCall)
+        return layer.form.rows(layer.inputs, output, layer.bias is not None), output
+
+    (rows, gradients), output = jax.tree.map(np.asarray, run(params, x))
+    return rows, gradients, output
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -46,18 +51,14 @@ def rows_of(predict, params, x, gradients):
 def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
     options = CONVOLUTIONS[name]
     model = nn.Conv(3, window, use_bias=use_bias, dtype=jnp.float64, **options)
-    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 2), jnp.float64)
-    params = as_float64(model.init(jax.random.key(1), x)["params"])
-    params = jax.tree.map(lambda p: p + 0.5, params)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 7, 6, 2))
+    kernel, bias = rng.normal(size=(*window, 2, 3)), rng.normal(size=3)
+    params = {"kernel": kernel, "bias": bias} if use_bias else {"kernel": kernel}
 
-    def predict(params, x):
-        return model.apply({"params": params}, x)
-
-    rows, gradients = rows_of(predict, params, x, predict(params, x))
-    rows = np.asarray(rows)
-    kernel = np.asarray(params["kernel"]).reshape(-1, 3)
-    matrix = np.concatenate([kernel, params["bias"][None]]) if use_bias else kernel
-    expected = np.asarray(predict(params, x))
+    rows, gradients, expected = rows_of(model, params, x)
+    matrix = kernel.reshape(-1, 3)
+    matrix = np.concatenate([matrix, bias[None]]) if use_bias else matrix
     np.testing.assert_allclose(rows @ matrix, expected.reshape(2, -1, 3), rtol=1e-12, atol=1e-12)
 
     broadcast = [
@@ -78,14 +79,10 @@ def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
 
 def test_negative_padding_crops():
     model = nn.Conv(1, (2, 2), padding=((-1, 0), (0, -2)), use_bias=False, dtype=jnp.float64)
-    x = jax.random.normal(jax.random.key(0), (1, 6, 6, 1), jnp.float64)
-    params = as_float64(model.init(jax.random.key(1), x)["params"])
-
-    def predict(params, x):
-        return model.apply({"params": params}, x)
-
-    received = rows_of(predict, params, x, predict(params, x))[0] @ params["kernel"].reshape(-1, 1)
-    np.testing.assert_allclose(received.ravel(), predict(params, x).ravel(), rtol=1e-12)
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 6, 6, 1)), rng.normal(size=(2, 2, 1, 1))
+    rows, _, expected = rows_of(model, {"kernel": kernel}, x)
+    np.testing.assert_allclose((rows @ kernel.reshape(-1, 1)).ravel(), expected.ravel(), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +90,9 @@ def test_negative_padding_crops():
 )
 def test_axes_between_batch_and_features_are_locations(shape, expected):
     model = nn.Dense(2)
-    x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
-    params = model.init(jax.random.key(0), x)["params"]
-    rows, _ = rows_of(
-        lambda p, x: model.apply({"params": p}, x), params, x, model.apply({"params": params}, x)
-    )
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    params = {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)}
+    rows, _, _ = rows_of(model, params, x)
     assert rows.shape == expected
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows[..., :-1].reshape(shape), x)

@@ -26,18 +26,17 @@ def assert_statistics(received, expected):
         np.testing.assert_allclose(array, reference, **ROUNDING)
 
 
-def per_example_matrices(loss, params, layer):
-    """Per-example gradients of one Dense layer as matrices, bias last: from jax.grad alone."""
-    grads = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))
+def per_example_matrices(loss, params, inputs, targets):
+    """Per-example gradients of Dense layers as matrices, bias last: from jax.grad alone."""
+    grads = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0)))(params, inputs, targets)
 
-    def matrices(inputs, targets):
-        gradient = grads(params, inputs, targets)[layer]
+    def matrices(gradient):
         rows = [gradient["kernel"]]
         if "bias" in gradient:
             rows.append(gradient["bias"][:, None, :])
-        return np.asarray(jnp.concatenate(rows, axis=1))
+        return np.concatenate(rows, axis=1)
 
-    return matrices
+    return {name: matrices(gradient) for name, gradient in grads.items()}
 
 
 @pytest.mark.parametrize("batch", [1, 6])
@@ -51,9 +50,10 @@ def test_dense_statistics_equal_those_of_per_example_gradients(batch):
     fisher = tkfac.empirical_fisher(predict, likelihood, layers)
     statistics = jax.jit(fisher)(params, inputs, targets=targets)
     assert list(statistics) == list(layers)
+    matrices = per_example_matrices(loss, params, inputs, targets)
     for name in layers:
         # The gradient of one example is a g^T, so that W W^T = tr(G) L and W^T W = tr(L) G.
-        w = per_example_matrices(loss, params, name)(inputs, targets)
+        w = matrices[name]
         expected = (
             np.mean([m @ m.T for m in w], axis=0),
             np.mean([m.T @ m for m in w], axis=0),
@@ -71,20 +71,25 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
-def test_conv_statistics_equal_those_of_explicit_patches(
-    geometry, batch, use_bias, rule, monkeypatch
-):
-    window, channels, features = (3, 2), 2, 3
-    model = nn.Conv(features, window, use_bias=use_bias, dtype=jnp.float64, **geometry)
-    x = jax.random.normal(jax.random.key(0), (batch, 6, 5, channels), jnp.float64)
-    params = as_float64(model.init(jax.random.key(1), x)["params"])
-    shape = model.apply({"params": params}, x).shape
-    head = jax.random.normal(jax.random.key(2), (int(np.prod(shape[1:])), 4), jnp.float64)
-    y = jax.random.normal(jax.random.key(3), (batch, 4), jnp.float64)
+WINDOW, CHANNELS, FEATURES = (3, 2), 2, 3
+
+
+@functools.cache
+def conv_problem(which, batch, use_bias):
+    """A convolution under a fixed head: predict, params, inputs, targets, layers, and what explicit patches give."""
+    geometry = CONVOLUTIONS[which]
+    model = nn.Conv(FEATURES, WINDOW, use_bias=use_bias, dtype=jnp.float64, **geometry)
+
+    @jax.jit
+    def make():
+        x = jax.random.normal(jax.random.key(0), (batch, 6, 5, CHANNELS), jnp.float64)
+        output, variables = model.init_with_output(jax.random.key(1), x)
+        size = int(np.prod(output.shape[1:]))
+        head = jax.random.normal(jax.random.key(2), (size, 4), jnp.float64)
+        y = jax.random.normal(jax.random.key(3), (batch, 4), jnp.float64)
+        return x, as_float64(variables["params"]), head, y
+
+    x, params, head, y = make()
 
     def predict(params, x):
         hidden = jnp.tanh(model.apply({"params": params}, x))
@@ -93,49 +98,53 @@ def test_conv_statistics_equal_those_of_explicit_patches(
     def example_loss(conv_output, y):
         return 0.5 * jnp.sum((jnp.tanh(conv_output).reshape(-1) @ head - y) ** 2)
 
-    layers = tkfac.find_layers(predict, params, x)
+    @jax.jit
+    def derivatives(params):
+        u = jax.vmap(jax.grad(example_loss))(model.apply({"params": params}, x), y)
+        return u, jax.grad(lambda p: 0.5 * jnp.sum((predict(p, x) - y) ** 2))(params)["kernel"]
+
+    u, gradient = (np.asarray(array) for array in derivatives(params))
+    a = np.stack([oracles.patches(image, WINDOW, *geometry.values()) for image in np.asarray(x)])
+    a = oracles.with_one(a) if use_bias else a
+    explicit = a, u.reshape(batch, -1, FEATURES), gradient
+    return predict, params, x, y, tkfac.find_layers(predict, params, x), explicit
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("which", range(len(CONVOLUTIONS)), ids=map(str, CONVOLUTIONS))
+def test_conv_statistics_equal_those_of_explicit_patches(which, batch, use_bias, rule, monkeypatch):
+    predict, params, x, y, layers, (a, u, gradient) = conv_problem(which, batch, use_bias)
     # Three examples at a time: seven do not divide evenly.
-    bytes_each = int(np.prod(shape[1:3])) * layers["."].d_in * 8
-    monkeypatch.setattr(capture, "CHUNK_BYTES", 3 * bytes_each)
+    monkeypatch.setattr(capture, "CHUNK_BYTES", 3 * u.shape[1] * layers["."].d_in * 8)
     package_rule, oracle = RULES[rule]
     fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers, rule=package_rule)
     statistics = jax.jit(fisher)(params, x, targets=y)["."]
-
-    u = jax.vmap(jax.grad(example_loss))(model.apply({"params": params}, x), y)
-    u = np.asarray(u).reshape(batch, -1, features)
-    a = np.stack(
-        [
-            oracles.patches(
-                image, window, geometry["strides"], geometry["padding"], geometry["kernel_dilation"]
-            )
-            for image in x
-        ]
-    )
-    a = oracles.with_one(a) if use_bias else a
     assert_statistics(statistics, oracle(a, u))
     # The oracle's patches are the right ones: with them, sum_i a_i u_i^T is the kernel's gradient.
-    gradient = jax.grad(lambda p: 0.5 * jnp.sum((predict(p, x) - y) ** 2))(params)["kernel"]
-    explicit = np.einsum("nli,nlo->io", a, u)[: gradient.size // features]
-    np.testing.assert_allclose(explicit, gradient.reshape(-1, features), **ROUNDING)
+    explicit = np.einsum("nli,nlo->io", a, u)[: gradient.size // FEATURES]
+    np.testing.assert_allclose(explicit, gradient.reshape(-1, FEATURES), **ROUNDING)
 
 
 def test_patches_of_the_batch_are_never_materialised():
     """The largest array of the statistics of a convolution is a chunk's patches, not the batch's."""
     model = nn.Conv(4, (3, 3), use_bias=False)
     batch = 256
-    x = jnp.ones((batch, 32, 32, 8), jnp.float32)
-    params = model.init(jax.random.key(0), x)["params"]
+    x = jax.ShapeDtypeStruct((batch, 32, 32, 8), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
 
     def predict(params, x):
         return model.apply({"params": params}, x).mean((1, 2))
 
     layers = tkfac.find_layers(predict, params, x)
     fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
-    y = jnp.zeros((batch, 4), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch, 4), jnp.float32)
     compiled = jax.jit(fisher).lower(params, x, targets=y).compile()
     all_patches = batch * 32 * 32 * 72 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < all_patches / 2
-    largest = _largest_array(jax.make_jaxpr(lambda: fisher(params, x, targets=y))().jaxpr)
+    jaxpr = jax.make_jaxpr(lambda params, x, y: fisher(params, x, targets=y))(params, x, y).jaxpr
+    largest = _largest_array(jaxpr)
     assert largest < all_patches / 2
 
 
@@ -150,42 +159,51 @@ def _largest_array(jaxpr):
     return max(sizes + inner)
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 2, 3, 4)])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_axes_between_batch_and_features(shape, rule, sharing):
-    model = nn.Dense(3, dtype=jnp.float64)
-    x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
-    y = jax.random.normal(jax.random.key(1), (*shape[:-1], 3), jnp.float64)
-    params = as_float64(model.init(jax.random.key(2), x)["params"])
+@functools.cache
+def dense_problem(shape, d_out=3, use_bias=True):
+    """One Dense layer: predict, params, inputs, targets, layers."""
+    model = nn.Dense(d_out, use_bias=use_bias, dtype=jnp.float64)
+
+    @jax.jit
+    def make():
+        x = jax.random.normal(jax.random.key(0), shape, jnp.float64)
+        y = jax.random.normal(jax.random.key(1), (*shape[:-1], d_out), jnp.float64)
+        return x, y, as_float64(model.init(jax.random.key(2), x)["params"])
+
+    x, y, params = make()
 
     def predict(params, x):
         return model.apply({"params": params}, x)
 
-    layers = tkfac.find_layers(predict, params, x)
+    return predict, params, x, y, tkfac.find_layers(predict, params, x)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (6, 2, 3, 4)])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_axes_between_batch_and_features(shape, rule, sharing):
+    predict, params, x, y, layers = dense_problem(shape)
     package_rule, oracle = RULES[rule]
     fisher = tkfac.empirical_fisher(
         predict, tkfac.Normal(), layers, rule=package_rule, sharing=sharing
     )
     a = oracles.with_one(np.asarray(x).reshape(6, -1, 4))
-    u = np.asarray(predict(params, x) - y).reshape(6, -1, 3)
+    u = (np.asarray(x) @ params["kernel"] + params["bias"] - y).reshape(6, -1, 3)
     if sharing == "reduce":
         a, u = a.mean(1, keepdims=True), u.sum(1, keepdims=True)
-    assert_statistics(fisher(params, x, targets=y)["."], oracle(a, u))
+    assert_statistics(jax.jit(fisher)(params, x, targets=y)["."], oracle(a, u))
 
 
 def test_a_layer_applied_twice_adds_its_uses_up():
-    layer = nn.Dense(3, use_bias=False, dtype=jnp.float64)
-    x = jax.random.normal(jax.random.key(0), (5, 3), jnp.float64)
-    y = jax.random.normal(jax.random.key(1), (5, 3), jnp.float64)
-    params = as_float64(layer.init(jax.random.key(2), x)["params"])
+    once, params, x, y, _ = dense_problem((5, 3), use_bias=False)
 
     def predict(params, x):
-        return layer.apply({"params": params}, jnp.tanh(layer.apply({"params": params}, x)))
+        return once(params, jnp.tanh(once(params, x)))
 
     layers = tkfac.find_layers(predict, params, x)
-    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=y)["."]
-    kernel = np.asarray(params["kernel"])
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    received = jax.jit(fisher)(params, x, targets=y)["."]
+    x, y, kernel = (np.asarray(array) for array in (x, y, params["kernel"]))
     hidden = np.tanh(x @ kernel)
     g_second = hidden @ kernel - y
     g_first = (g_second @ kernel.T) * (1 - hidden**2)
@@ -200,11 +218,13 @@ def test_a_layer_applied_twice_adds_its_uses_up():
 def test_statistics_of_half_batches_average_to_those_of_the_batch(rule):
     predict, params, inputs, targets, layers = mlp_problem(8)
     fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, rule=RULES[rule][0])
+    fisher = jax.jit(fisher)
     whole = fisher(params, inputs, targets=targets)
+    inputs, targets = np.asarray(inputs), np.asarray(targets)
     halves = [
         fisher(params, inputs[part], targets=targets[part]) for part in (slice(4), slice(4, 8))
     ]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    mean = jax.tree.map(lambda a, b: (np.asarray(a) + b) / 2, *halves)
     for name in layers:
         assert_statistics(whole[name], mean[name])
 
@@ -259,15 +279,8 @@ def test_all_pairs_of_inputs_and_gradients_give_the_block_of_kfac():
     ids=str,
 )
 def test_sampled_fisher_converges_to_the_closed_form(likelihood, name):
-    model = nn.Dense(3, use_bias=False, dtype=jnp.float64)
-    x = jax.random.normal(jax.random.key(0), (4, 2), jnp.float64)
-    params = as_float64(model.init(jax.random.key(1), x)["params"])
-
-    def predict(params, x):
-        return model.apply({"params": params}, x)
-
-    layers = tkfac.find_layers(predict, params, x)
-    outputs = np.asarray(predict(params, x))
+    predict, params, x, _, layers = dense_problem((4, 2), use_bias=False)
+    outputs = np.asarray(x) @ params["kernel"]
     fishers = [oracles.output_fisher(name, row) for row in outputs]
     inputs = np.asarray(x)
     expected = (
@@ -294,18 +307,12 @@ def test_sampled_fisher_converges_to_the_closed_form(likelihood, name):
 )
 def test_averaged_positions_give_the_fisher_of_one_position(likelihood):
     """T copies of a position: the mean loss has the gradient, and the Fisher, of one of them."""
-    model = nn.Dense(3, use_bias=False, dtype=jnp.float64)
-    one = jax.random.normal(jax.random.key(0), (5, 1, 2), jnp.float64)
-    params = as_float64(model.init(jax.random.key(1), one)["params"])
-
-    def predict(params, x):
-        return model.apply({"params": params}, x)
-
-    layers = tkfac.find_layers(predict, params, one)
-    target = type(likelihood)().sample(jax.random.key(2), predict(params, one))
-    fisher = tkfac.empirical_fisher(predict, likelihood, layers)
+    predict, params, one, _, layers = dense_problem((5, 1, 2), use_bias=False)
+    sample = jax.jit(lambda: type(likelihood)().sample(jax.random.key(2), predict(params, one)))
+    one, target = np.asarray(one), np.asarray(sample())
+    fisher = jax.jit(tkfac.empirical_fisher(predict, likelihood, layers))
     expected = fisher(params, one, targets=target)["."]
-    four = fisher(params, jnp.repeat(one, 4, 1), targets=jnp.repeat(target, 4, 1))["."]
+    four = fisher(params, np.repeat(one, 4, 1), targets=np.repeat(target, 4, 1))["."]
     assert_statistics(four, expected)
 
 
@@ -321,9 +328,8 @@ class Poisson:
 
 def test_a_likelihood_of_ones_own():
     predict, params, inputs, _, layers = mlp_problem()
-    statistics = tkfac.sampled_fisher(predict, Poisson(), layers, num_samples=3)(
-        params, inputs, key=jax.random.key(0)
-    )
+    fisher = tkfac.sampled_fisher(predict, Poisson(), layers, num_samples=3)
+    statistics = jax.jit(fisher)(params, inputs, key=jax.random.key(0))
     assert all(float(s.trace) > 0 for s in statistics.values())
 
 
@@ -336,20 +342,23 @@ def test_value_grad_and_statistics_equal_those_computed_apart(estimator):
     (loss, outputs), gradient, statistics = jax.jit(f)(params, inputs, targets=targets, key=key)
 
     def loss_fn(params):
-        return likelihood.nll(predict(params, inputs), targets).mean()
+        outputs = predict(params, inputs)
+        return likelihood.nll(outputs, targets).mean(), outputs
 
-    expected_loss, expected_gradient = jax.value_and_grad(loss_fn)(params)
+    (expected_loss, expected_outputs), expected_gradient = jax.jit(
+        jax.value_and_grad(loss_fn, has_aux=True)
+    )(params)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
-    np.testing.assert_allclose(outputs, predict(params, inputs), rtol=1e-12)
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=1e-12)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient, expected_gradient
     )
     if estimator == "sampled":
-        expected = tkfac.sampled_fisher(predict, likelihood, layers)(params, inputs, key=key)
+        fisher = tkfac.sampled_fisher(predict, likelihood, layers)
+        expected = jax.jit(fisher)(params, inputs, key=key)
     else:
-        expected = tkfac.empirical_fisher(predict, likelihood, layers)(
-            params, inputs, targets=targets
-        )
+        fisher = tkfac.empirical_fisher(predict, likelihood, layers)
+        expected = jax.jit(fisher)(params, inputs, targets=targets)
     for name in layers:
         assert_statistics(statistics[name], expected[name])
 
@@ -363,23 +372,22 @@ def test_there_is_one_forward_pass():
         return predict(params, inputs)
 
     f = tkfac.value_and_grad_with_fisher(counted, tkfac.Categorical(), layers, num_samples=3)
-    f(params, inputs, targets=targets, key=jax.random.key(0))
+    jax.eval_shape(f, params, inputs, targets=targets, key=jax.random.key(0))
     assert len(calls) == 1
 
 
 def test_aux_is_handed_on_and_dropped():
     predict, params, batch_stats, inputs, targets, layers = convnet_problem()
     f = tkfac.value_and_grad_with_fisher(predict, tkfac.Categorical(), layers, has_aux=True)
-    (_, (outputs, aux)), gradient, statistics = f(
+    (_, (outputs, aux)), gradient, statistics = jax.jit(f)(
         params, batch_stats, inputs, targets=targets, key=jax.random.key(0)
     )
-    expected_outputs, expected_aux = predict(params, batch_stats, inputs)
+    expected_outputs, expected_aux = jax.jit(predict)(params, batch_stats, inputs)
     np.testing.assert_allclose(outputs, expected_outputs, rtol=1e-5)
     assert jax.tree.structure(aux) == jax.tree.structure(expected_aux)
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
-    apart = tkfac.sampled_fisher(predict, tkfac.Categorical(), layers, has_aux=True)(
-        params, batch_stats, inputs, key=jax.random.key(0)
-    )
+    fisher = tkfac.sampled_fisher(predict, tkfac.Categorical(), layers, has_aux=True)
+    apart = jax.jit(fisher)(params, batch_stats, inputs, key=jax.random.key(0))
     for name in layers:
         for received, expected in zip(statistics[name], apart[name], strict=True):
             # float32, and two programs that round differently.
@@ -394,7 +402,7 @@ def test_a_model_written_for_one_example_and_vmapped(rule):
         return jax.vmap(lambda x: predict(params, x))(inputs)
 
     expected, received = (
-        tkfac.empirical_fisher(f, tkfac.Categorical(), layers, rule=RULES[rule][0])(
+        jax.jit(tkfac.empirical_fisher(f, tkfac.Categorical(), layers, rule=RULES[rule][0]))(
             params, inputs, targets=targets
         )
         for f in (predict, mapped)
@@ -406,7 +414,7 @@ def test_a_model_written_for_one_example_and_vmapped(rule):
 def test_statistics_under_cond():
     predict, params, inputs, targets, layers = mlp_problem()
     fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
-    expected = fisher(params, inputs, targets=targets)
+    expected = jax.jit(fisher)(params, inputs, targets=targets)
 
     @jax.jit
     def conditional(flag):
@@ -425,15 +433,15 @@ def test_statistics_under_cond():
 def test_statistics_of_a_divided_batch_are_those_of_the_batch(how):
     predict, params, inputs, targets, layers = mlp_problem()
     make = functools.partial(tkfac.empirical_fisher, predict, tkfac.Categorical(), layers)
-    expected = make()(params, inputs, targets=targets)
+    expected = jax.jit(make())(params, inputs, targets=targets)
     averaged, plain = make(axis_name="data"), make()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated, divided = jax.P(), jax.P("data")
     if how in ("vmap", "pmap"):
-        mapped = {"vmap": jax.vmap, "pmap": jax.pmap}[how](
-            lambda x, y: averaged(params, x, targets=y), axis_name="data"
-        )(inputs.reshape(2, 3, -1), targets.reshape(2, 3))
-        received = jax.tree.map(lambda s: s[1], mapped)
+        transform = {"vmap": lambda *args, **kw: jax.jit(jax.vmap(*args, **kw)), "pmap": jax.pmap}
+        mapped = transform[how](lambda x, y: averaged(params, x, targets=y), axis_name="data")
+        both = mapped(inputs.reshape(2, 3, -1), targets.reshape(2, 3))
+        received = jax.tree.map(lambda s: np.asarray(s)[1], both)
     elif how == "shard_map":
         received = jax.jit(
             jax.shard_map(
@@ -458,13 +466,9 @@ def test_mapped_devices_draw_different_targets_from_one_key():
     fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers, axis_name="data")
     both = jnp.stack([inputs, inputs])
     key = jax.random.key(0)
-    mean = jax.vmap(lambda x: fisher(params, x, key=key), axis_name="data")(both)
-    own = [
-        tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
-            params, inputs, key=jax.random.fold_in(key, i)
-        )
-        for i in range(2)
-    ]
+    mean = jax.jit(jax.vmap(lambda x: fisher(params, x, key=key), axis_name="data"))(both)
+    alone = jax.jit(tkfac.sampled_fisher(predict, tkfac.Normal(), layers))
+    own = [alone(params, inputs, key=jax.random.fold_in(key, i)) for i in range(2)]
     assert float(own[0]["Dense_0"].trace) != float(own[1]["Dense_0"].trace)
     expected = (own[0]["Dense_0"].trace + own[1]["Dense_0"].trace) / 2
     np.testing.assert_allclose(mean["Dense_0"].trace[0], expected, rtol=1e-10)
@@ -496,9 +500,8 @@ def test_statistics_of_low_precision_layers_are_float32():
         return model.apply({"params": params}, x)
 
     layers = tkfac.find_layers(predict, params, x)
-    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
-        params, x, key=jax.random.key(0)
-    )
+    fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)
+    statistics = jax.eval_shape(fisher, params, x, key=jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(statistics)} == {jnp.dtype("float32")}
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,17 @@ class Small(nn.Module):
         return nn.Dense(3, dtype=jnp.float64)(x.reshape(len(x), -1))
 
 
+@functools.cache
 def small_problem():
     model = Small()
-    x = jax.random.normal(jax.random.key(0), (5, 4, 3, 2), jnp.float64)
-    y = jax.random.randint(jax.random.key(1), (5,), 0, 3)
-    params = as_float64(model.init(jax.random.key(2), x)["params"])
+
+    @jax.jit
+    def make():
+        x = jax.random.normal(jax.random.key(0), (5, 4, 3, 2), jnp.float64)
+        y = jax.random.randint(jax.random.key(1), (5,), 0, 3)
+        return x, y, as_float64(model.init(jax.random.key(2), x)["params"])
+
+    x, y, params = make()
 
     def predict(params, x):
         return model.apply({"params": params}, x)
@@ -112,7 +120,7 @@ def test_ten_steps_equal_algorithm_1(damping):
         )
         return optax.apply_updates(params, updates), state
 
-    received, state = params, optimizer.init(params)
+    received, state = params, jax.jit(optimizer.init)(params)
     for _ in range(10):
         received, state = step(received, state)
 
@@ -136,25 +144,41 @@ def test_ten_steps_equal_algorithm_1(damping):
     assert int(optax.tree.get(state, "factor_updates")) == 5
 
 
-def statistics_at(problem, t=0):
-    predict, params, x, y, layers = problem
-    moved = jax.tree.map(lambda p: p + 0.1 * t, params)
-    return tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)(moved, x, targets=y)
+@functools.cache
+def small_statistics():
+    predict, params, x, y, layers = small_problem()
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
+    return jax.jit(lambda t: fisher(jax.tree.map(lambda p: p + 0.1 * t, params), x, targets=y))
+
+
+def statistics_at(t=0.0):
+    """New statistics of the small problem at parameters that are moved by t."""
+    return dict(small_statistics()(t))
+
+
+def small_update(transform):
+    """The state of a transformation of the small problem, and one update of it as a program."""
+    _, params, *_ = small_problem()
+
+    @functools.partial(jax.jit, static_argnames="refresh_inverses")
+    def update(state, statistics, **options):
+        return transform.update(params, state, statistics=statistics, **options)
+
+    return jax.jit(transform.init)(params), update
 
 
 def test_moments_are_averaged_before_they_are_damped():
-    problem = small_problem()
-    _, params, _, _, layers = problem
+    *_, layers = small_problem()
     transform = tkfac.scale_by_tkfac(
         layers, damping=lambda step: 0.1 / (step + 1), decay=0.7, averaging="moments"
     )
-    state = transform.init(params)
-    both = [statistics_at(problem, t) for t in (0, 3)]
+    state, update = small_update(transform)
+    both = [jax.tree.map(np.asarray, statistics_at(t)) for t in (0.0, 3.0)]
     for statistics in both:
-        _, state = transform.update(params, state, statistics=statistics)
+        _, state = update(state, statistics)
     for name in layers:
         mean = [0.7 * a + 0.3 * b for a, b in zip(both[0][name], both[1][name], strict=True)]
-        phi, psi, delta = oracles.normalised([np.asarray(m) for m in mean])
+        phi, psi, delta = oracles.normalised(mean)
         np.testing.assert_allclose(state.factors[name].phi, phi, rtol=1e-10)
         np.testing.assert_allclose(state.factors[name].delta, delta, rtol=1e-10)
         # The inverses were made at step 1, with the damping of that step.
@@ -169,11 +193,15 @@ def test_kfac_is_the_baseline_with_its_own_damping():
     """One step of kfac is (A + pi sqrt(lambda) I)^-1 W (G + sqrt(lambda)/pi I)^-1."""
     predict, params, x, y, layers = small_problem()
     optimizer = tkfac.kfac(0.1, layers, damping=0.04)
-    statistics = tkfac.empirical_fisher(
-        predict, tkfac.Categorical(), layers, rule=tkfac.independent
-    )(params, x, targets=y)
-    grads = jax.grad(lambda p: tkfac.Categorical().nll(predict(p, x), y).mean())(params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params, statistics=statistics)
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers, rule=tkfac.independent)
+
+    @jax.jit
+    def first_update(params):
+        statistics = fisher(params, x, targets=y)
+        grads = jax.grad(lambda p: tkfac.Categorical().nll(predict(p, x), y).mean())(params)
+        return optimizer.update(grads, optimizer.init(params), params, statistics=statistics)[0]
+
+    updates = first_update(params)
     oracle = SmallOracle(x, y)
     backward = oracle.backward(to_matrices(params))
     for name, gradient in oracle.gradients(to_matrices(params)).items():
@@ -192,20 +220,19 @@ def test_before_the_first_statistics_the_damping_alone_is_inverted():
 
 
 def test_intervals_and_the_three_forms_of_statistics():
-    problem = small_problem()
-    _, params, _, _, layers = problem
+    _, params, _, _, layers = small_problem()
     transform = tkfac.scale_by_tkfac(layers, fisher_interval=3, inverse_interval=2)
     evaluated = []
+    state, update_with = small_update(transform)
 
     @jax.jit
     def update(state):
         def statistics():
             jax.debug.callback(lambda: evaluated.append(1))
-            return jax.tree.map(lambda s: s * (1 + state.step), statistics_at(problem))
+            return jax.tree.map(lambda s: s * (1 + state.step), statistics_at())
 
         return transform.update(params, state, statistics=statistics)[1]
 
-    state = transform.init(params)
     for step in range(7):
         before = state
         state = update(state)
@@ -214,22 +241,18 @@ def test_intervals_and_the_three_forms_of_statistics():
         changed = not np.array_equal(before.inverses["Conv_0"].phi, state.inverses["Conv_0"].phi)
         # The factors change at 0, 3 and 6, and the inverses are made at 0, 2, 4 and 6.
         assert changed == (step in (0, 4, 6))
-    given = transform.update(params, state, statistics=statistics_at(problem, 1))[1]
+    given = update_with(state, statistics_at(1.0))[1]
     assert int(given.factor_updates) == int(state.factor_updates) + 1
-    none = transform.update(params, state, statistics=None)[1]
+    none = update_with(state, None)[1]
     assert none.factor_updates == state.factor_updates
 
 
 def test_refresh_can_be_decided_by_the_caller():
-    problem = small_problem()
-    _, params, _, _, layers = problem
-    transform = tkfac.scale_by_tkfac(layers, inverse_interval=1000)
-    state = transform.init(params)
-    kept = transform.update(
-        params, state, statistics=statistics_at(problem), refresh_inverses=False
-    )[1]
+    *_, layers = small_problem()
+    state, update = small_update(tkfac.scale_by_tkfac(layers, inverse_interval=1000))
+    kept = update(state, statistics_at(), refresh_inverses=False)[1]
     np.testing.assert_array_equal(kept.inverses["Dense_0"].psi, state.inverses["Dense_0"].psi)
-    fresh = transform.update(params, kept, statistics=None, refresh_inverses=True)[1]
+    fresh = update(kept, None, refresh_inverses=True)[1]
     expected = np.linalg.inv(kept.factors["Dense_0"].psi)
     np.testing.assert_allclose(fresh.inverses["Dense_0"].psi, expected, rtol=1e-8)
 
@@ -237,31 +260,28 @@ def test_refresh_can_be_decided_by_the_caller():
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("averaging", ["factors", "moments"])
 def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging):
-    problem = small_problem()
-    _, params, _, _, layers = problem
-    transform = tkfac.scale_by_tkfac(layers, averaging=averaging)
-    good = statistics_at(problem)
-    _, before = transform.update(params, transform.init(params), statistics=good)
-    broken = jax.tree.map(lambda s: s, good)
-    moment = broken["Dense_0"].output_moment.at[0, 1].set(bad)
-    broken["Dense_0"] = broken["Dense_0"]._replace(output_moment=moment)
-    updates, after = jax.jit(lambda s: transform.update(params, before, statistics=s))(broken)
+    *_, layers = small_problem()
+    state, update = small_update(tkfac.scale_by_tkfac(layers, averaging=averaging))
+    _, before = update(state, statistics_at())
+    broken = statistics_at()
+    moment = np.array(broken["Dense_0"].output_moment)
+    moment[0, 1] = bad
+    broken["Dense_0"] = broken["Dense_0"]._replace(output_moment=jnp.asarray(moment))
+    updates, after = update(before, broken)
     assert int(after.skipped_statistics) == 1
     assert int(after.factor_updates) == 1
     assert int(after.step) == 2
     jax.tree.map(np.testing.assert_array_equal, after.factors, before.factors)
     for leaf in jax.tree.leaves((updates, after)):
-        assert bool(jnp.isfinite(leaf).all())
+        assert np.isfinite(leaf).all()
     assert int(after.failed_inversions) == 0
 
 
 def test_failed_inversions_are_counted_and_leave_the_old_inverse():
-    problem = small_problem()
-    _, params, _, _, layers = problem
+    _, params, _, _, layers = small_problem()
     transform = tkfac.scale_by_tkfac(layers, inverse=lambda stack: jnp.full_like(stack, jnp.nan))
-    updates, state = transform.update(
-        params, transform.init(params), statistics=statistics_at(problem)
-    )
+    state, update = small_update(transform)
+    updates, state = update(state, statistics_at())
     # Every inverse fails, also in init, where the identity stays.
     assert int(state.failed_inversions) == 4
     jax.tree.map(np.testing.assert_array_equal, updates, params)
@@ -345,7 +365,7 @@ def test_optimizers_compile_once_keep_structure_and_train(name):
         return make_step(optimizer)(params, state, key)
 
     step = jax.jit(counted, donate_argnums=(0, 1))
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), (params, state))
     losses = []
     for t in range(8):
@@ -372,10 +392,9 @@ def test_a_scan_of_steps_equals_the_loop(name):
         params, state, loss = step(*carry, key)
         return (params, state), loss
 
-    (scanned, _), losses = jax.jit(lambda carry: jax.lax.scan(body, carry, keys))(
-        (params, optimizer.init(params))
-    )
-    looped, state = params, optimizer.init(params)
+    start = jax.jit(optimizer.init)(params)
+    (scanned, _), losses = jax.jit(lambda carry: jax.lax.scan(body, carry, keys))((params, start))
+    looped, state = params, start
     compiled = jax.jit(step)
     for key, expected in zip(keys, losses, strict=True):
         looped, state, loss = compiled(looped, state, key)
@@ -386,12 +405,20 @@ def test_a_scan_of_steps_equals_the_loop(name):
     )
 
 
+def first_update(optimizer, grads, params):
+    """The update without statistics from the state of init, as one program."""
+
+    @jax.jit
+    def run(grads, params):
+        return optimizer.update(grads, optimizer.init(params), params, statistics=None)[0]
+
+    return run(grads, params)
+
+
 def test_other_parameters_go_through_the_fallback():
     params, layers, _ = training_problem()
     optimizer = tkfac.tkfac(0.5, layers, fallback=optax.sgd(1e-3))
-    state = optimizer.init(params)
-    grads = jax.tree.map(jnp.ones_like, params)
-    updates, _ = optimizer.update(grads, state, params, statistics=None)
+    updates = first_update(optimizer, jax.tree.map(jnp.ones_like, params), params)
     np.testing.assert_allclose(updates["BatchNorm_0"]["scale"], -1e-3, rtol=1e-6)
 
 
@@ -401,9 +428,9 @@ def test_masked_layers_have_no_state_and_keep_their_gradient():
         tkfac.scale_by_tkfac(layers, damping=0.25),
         {name: name != "Dense_0" for name in params},
     )
-    state = transform.init(params)
+    state = jax.eval_shape(transform.init, params)
     assert list(optax.tree.get(state, "factors")) == ["Conv_0"]
-    updates, _ = transform.update(params, state, params, statistics=None)
+    updates = first_update(transform, params, params)
     np.testing.assert_array_equal(updates["Dense_0"]["kernel"], params["Dense_0"]["kernel"])
     np.testing.assert_allclose(
         updates["Conv_0"]["kernel"], params["Conv_0"]["kernel"] / 0.25, rtol=1e-5
@@ -418,7 +445,7 @@ def test_weight_decay_is_decoupled_and_maskable():
         (lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree), False),
     ):
         optimizer = tkfac.tkfac(0.5, layers, weight_decay=0.1, mask=mask, momentum=0.0)
-        updates, _ = optimizer.update(zero, optimizer.init(params), params, statistics=None)
+        updates = first_update(optimizer, zero, params)
         np.testing.assert_allclose(
             updates["Conv_0"]["kernel"], -0.5 * 0.1 * params["Conv_0"]["kernel"], rtol=1e-12
         )
@@ -431,30 +458,34 @@ def test_hyperparameters_can_be_changed_while_training():
     optimizer = optax.inject_hyperparams(tkfac.tkfac)(
         learning_rate=0.01, layers=layers, damping=1e-2
     )
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     step = jax.jit(make_step(optimizer))
     state.hyperparams["learning_rate"] = jnp.zeros(())
     moved, _, _ = step(params, state, jax.random.key(0))
     np.testing.assert_array_equal(moved["Conv_0"]["kernel"], params["Conv_0"]["kernel"])
     state.hyperparams["learning_rate"] = jnp.asarray(0.01)
     moved, _, _ = step(params, state, jax.random.key(0))
-    assert float(jnp.abs(moved["Conv_0"]["kernel"] - params["Conv_0"]["kernel"]).max()) > 0
+    assert not np.array_equal(moved["Conv_0"]["kernel"], params["Conv_0"]["kernel"])
 
 
 def test_low_precision_parameters_keep_their_dtype():
     model = nn.Dense(3, param_dtype=jnp.bfloat16)
     x = jnp.ones((4, 2), jnp.bfloat16)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
 
     def predict(params, x):
         return model.apply({"params": params}, x)
 
     layers = tkfac.find_layers(predict, params, x)
     optimizer = tkfac.tkfac(0.1, layers, momentum=0.0)
-    statistics = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)(
-        params, x, key=jax.random.key(0)
-    )
-    updates, state = optimizer.update(params, optimizer.init(params), params, statistics=statistics)
+    fisher = tkfac.sampled_fisher(predict, tkfac.Normal(), layers)
+
+    @jax.jit
+    def run(params):
+        statistics = fisher(params, x, key=jax.random.key(0))
+        return optimizer.update(params, optimizer.init(params), params, statistics=statistics)
+
+    updates, state = run(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     assert optax.tree.get(state, "factors")["."].phi.dtype == jnp.float32
 
@@ -464,10 +495,11 @@ _, PARAMS, _, _, LAYERS = mlp_problem()
 
 def test_statistics_must_not_be_forgotten():
     optimizer = tkfac.tkfac(0.1, LAYERS)
+    state = jax.jit(optimizer.init)(PARAMS)
     with pytest.raises(
         TypeError, match=r"update\(\) needs the keyword argument 'statistics': a function such as"
     ):
-        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+        optimizer.update(PARAMS, state, PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +536,7 @@ def test_trace_damping_is_not_for_kfac():
 
 def test_wrong_gradients_and_statistics(unchecked):
     transform = tkfac.scale_by_tkfac(LAYERS)
-    state = transform.init(PARAMS)
+    state = jax.jit(transform.init)(PARAMS)
     with pytest.raises(ValueError, match="layer 'Dense_2': updates should hold 'Dense_2/kernel'"):
         transform.update(
             {k: v for k, v in PARAMS.items() if k != "Dense_2"}, state, statistics=None

@@ -10,6 +10,7 @@ import optax
 import oracles
 import pytest
 from flax import nnx
+from networks import fresh
 
 import tkfac_jax as tkfac
 
@@ -90,19 +91,25 @@ class Net(nn.Module):
         return nn.Dense(2, name="last", **F64)(x)
 
 
+@functools.cache
 def data():
     keys = jax.random.split(jax.random.key(0))
-    return (
+    return tuple(
         jax.random.normal(key, (5, width), jnp.float64)
         for key, width in zip(keys, (4, 2), strict=True)
     )
 
 
+@functools.cache
+def _parameters():
+    x, _ = data()
+    params = jax.jit(Net("written out").init)(jax.random.key(3), x)["params"]
+    return jax.tree.map(lambda p: p + 0.1 * np.cos(np.arange(p.size)).reshape(p.shape), params)
+
+
 def parameters():
     """The parameters of three layers and the last one, biases not zero."""
-    x, _ = data()
-    params = Net("written out").init(jax.random.key(3), x)["params"]
-    return jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    return fresh(_parameters())
 
 
 def statistics_of(predict, params, **options):
@@ -114,6 +121,12 @@ def statistics_of(predict, params, **options):
     jitted = jax.jit(fisher)(params, x, targets=y)
     jax.tree.map(functools.partial(np.testing.assert_allclose, **ROUNDING), received, jitted)
     return layers, received
+
+
+@functools.cache
+def written_out(rule="tkfac"):
+    """The statistics of the network written out."""
+    return statistics_of(linen("written out"), parameters(), rule=RULES[rule])[1]
 
 
 def linen(how):
@@ -131,7 +144,7 @@ RULES = {"tkfac": tkfac.trace_restricted, "kfac": tkfac.independent}
 @pytest.mark.parametrize("how", CHAINS)
 def test_linen_chain(how, rule):
     params = parameters()
-    _, expected = statistics_of(linen("written out"), params, rule=RULES[rule])
+    expected = written_out(rule)
     _, received = statistics_of(linen(how), params, rule=RULES[rule])
     assert_equal(received, expected)
 
@@ -148,7 +161,7 @@ def stacked(params):
 @pytest.mark.parametrize("how", [*STACKS, "remat_scan"])
 def test_linen_stack_has_factors_of_its_own_for_each_layer(how):
     params = parameters()
-    _, expected = statistics_of(linen("written out"), params)
+    expected = written_out()
     stack = stacked(params)
     inner = {"block": stack}
     if how == "remat_scan":
@@ -240,7 +253,7 @@ def nnx_problem(how, params):
 @pytest.mark.parametrize("how", NNX_CHAINS)
 def test_nnx_chain(how):
     params = parameters()
-    _, expected = statistics_of(linen("written out"), params)
+    expected = written_out()
     _, received = statistics_of(*nnx_problem(how, params))
     for i in range(DEPTH):
         assert_equal(received[f"blocks/{i}/dense"], expected[f"block_{i}/dense"])
@@ -249,7 +262,7 @@ def test_nnx_chain(how):
 @pytest.mark.parametrize("how", ["stack", "stack, remat"])
 def test_nnx_stack_has_factors_of_its_own_for_each_layer(how):
     params = parameters()
-    _, expected = statistics_of(linen("written out"), params)
+    expected = written_out()
     layers, received = statistics_of(*nnx_problem(how, params))
     assert layers["stack/dense"].batch == (DEPTH,)
     for i in range(DEPTH):
@@ -259,7 +272,7 @@ def test_nnx_stack_has_factors_of_its_own_for_each_layer(how):
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_layers_side_by_side_have_factors_of_their_own(framework):
     """A mapped ensemble on one input: each member's statistics are its own."""
-    x, y = data()
+    x, y = map(np.asarray, data())
     kernels = jax.random.normal(jax.random.key(7), (DEPTH, 4, 2), jnp.float64)
     biases = jax.random.normal(jax.random.key(8), (DEPTH, 2), jnp.float64)
     if framework == "linen":
@@ -294,21 +307,32 @@ def test_layers_side_by_side_have_factors_of_their_own(framework):
             np.testing.assert_allclose(array, reference, **ROUNDING)
 
 
+def updates_of(predict, params, jit=jax.jit):
+    x, y = data()
+    layers = tkfac.find_layers(predict, params, x)
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    optimizer = tkfac.scale_by_tkfac(layers, damping=0.1)
+
+    @jit
+    def updates(params):
+        grads = jax.grad(lambda p: jnp.sum((predict(p, x) - y) ** 2))(params)
+        statistics = fisher(params, x, targets=y)
+        state = optimizer.init(params)
+        return optimizer.update(grads, state, params, statistics=statistics)[0]
+
+    return updates(params)
+
+
+@functools.cache
+def updates_written_out():
+    """Those of the network written out, operation by operation."""
+    return updates_of(linen("written out"), parameters(), jit=lambda fun: fun)
+
+
 @pytest.mark.parametrize("how", ["scan", "remat"])
 def test_a_transformed_network_trains(how):
     """Factors, inverses and preconditioning of stacked layers are those of each layer by itself."""
-    params = parameters()
-    x, y = data()
-
-    def updates_of(predict, params):
-        layers = tkfac.find_layers(predict, params, x)
-        fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
-        optimizer = tkfac.scale_by_tkfac(layers, damping=0.1)
-        grads = jax.grad(lambda p: jnp.sum((predict(p, x) - y) ** 2))(params)
-        statistics = fisher(params, x, targets=y)
-        return optimizer.update(grads, optimizer.init(params), params, statistics=statistics)[0]
-
-    expected = updates_of(linen("written out"), params)
+    params, expected = parameters(), updates_written_out()
     if how == "remat":
         assert_equal(updates_of(linen("remat"), params), expected)
         return
@@ -331,7 +355,7 @@ def test_the_optimizer_of_nnx_takes_statistics():
     fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
     optimizer = tkfac.tkfac(0.1, layers, damping=0.1)
 
-    plain_state = optimizer.init(params)
+    plain_state = jax.jit(optimizer.init)(params)
     # The state of a model shares its Variables, which the wrapped optimizer overwrites.
     plain = jax.tree.map(lambda leaf: leaf, params)
     wrapped = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
@@ -345,13 +369,17 @@ def test_the_optimizer_of_nnx_takes_statistics():
         statistics = fisher(nnx.state(model, nnx.Param), x, targets=y)
         wrapped.update(model, grads, statistics=statistics)
 
-    for _ in range(3):
-        step(model, wrapped)
+    @jax.jit
+    def plain_step(plain, plain_state):
         grads = jax.grad(lambda p: jnp.mean((predict(p, x) - y) ** 2))(plain)
         updates, plain_state = optimizer.update(
             grads, plain_state, plain, statistics=fisher(plain, x, targets=y)
         )
-        plain = optax.apply_updates(plain, updates)
+        return optax.apply_updates(plain, updates), plain_state
+
+    for _ in range(3):
+        step(model, wrapped)
+        plain, plain_state = plain_step(plain, plain_state)
     assert_equal(jax.tree.leaves(nnx.state(model, nnx.Param)), jax.tree.leaves(plain))
 
 
@@ -371,9 +399,10 @@ def test_a_cast_of_all_parameters_keeps_float32_statistics(dtype):
     layers = tkfac.find_layers(predict, params, x)
     assert len(layers) == DEPTH + 1
     assert {spec.dtype for spec in layers.values()} == {"float32"}
-    received = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)(params, x, targets=y)
+    fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
+    received = jax.jit(fisher)(params, x, targets=y)
     assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype("float32")}
-    _, expected = statistics_of(linen("written out"), parameters())
+    expected = written_out()
     for name, own in received.items():
         # bfloat16 has 8 bits.
         np.testing.assert_allclose(own.trace, expected[name].trace, rtol=0.1)
