@@ -191,9 +191,12 @@ def main() -> None:
     parser.add_argument("--tuning-epochs", type=int, default=5, help="epochs of each trial")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     parser.add_argument("--methods", nargs="*", choices=list(trials()), default=list(trials()))
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=WIDTHS, help="of the hidden layers"
+    )
     options = parser.parse_args()
 
-    problem = autoencoder_problem(options.data_dir, options.seed)
+    problem = autoencoder_problem(options.data_dir, options.seed, tuple(options.widths))
     epoch = len(problem.inputs) // BATCH_SIZE
     options.out_dir.mkdir(parents=True, exist_ok=True)
     tuning, best = {}, []
@@ -219,6 +222,7 @@ def main() -> None:
     results = {
         "environment": environment(),
         "seed": options.seed,
+        "widths": options.widths,
         "batch_size": BATCH_SIZE,
         "interval": INTERVAL,
         "tuning": tuning,

@@ -87,7 +87,6 @@ def test_table_and_steps_to_reach():
 @pytest.fixture
 def small_autoencoder(tmp_path, monkeypatch):
     make_mnist(tmp_path / "data")
-    monkeypatch.setattr(autoencoder, "WIDTHS", (12, 5, 12))
     monkeypatch.setattr(autoencoder, "BATCH_SIZE", 250)
     return tmp_path
 
@@ -125,14 +124,20 @@ def test_the_autoencoder_command(small_autoencoder, monkeypatch, capsys):
     out = small_autoencoder / "out"
     arguments = ["--data-dir", str(small_autoencoder / "data"), "--out-dir", str(out)]
     arguments += ["--epochs", "2", "--tuning-epochs", "1", "--methods", "Adam", "TKFAC"]
+    arguments += ["--widths", "12", "5", "12"]
+    trials = autoencoder.trials()
+    # Each setting of TKFAC compiles programs of its own.
+    few = {"Adam": trials["Adam"], "TKFAC": trials["TKFAC"][:2]}
+    monkeypatch.setattr(autoencoder, "trials", lambda: few)
     monkeypatch.setattr(sys, "argv", ["autoencoder", *arguments])
     autoencoder.main()
     results = json.loads((out / "autoencoder.json").read_text())
     assert [run["method"] for run in results["runs"]] == ["Adam", "TKFAC"]
     assert {name: len(tried) for name, tried in results["tuning"].items()} == {
         "Adam": 5,
-        "TKFAC": 5,
+        "TKFAC": 2,
     }
+    assert results["widths"] == [12, 5, 12]
     assert [point["step"] for point in results["runs"][0]["curve"]] == [0, 4, 8]
     assert (out / "autoencoder.png").stat().st_size > 10_000
     assert "| TKFAC" in capsys.readouterr().out
