@@ -1,6 +1,11 @@
 """Configuration of all tests: float64 for the oracles, and four devices for what is mapped."""
 
+import os
+import subprocess
+import sys
+
 import jax
+import jaxlib
 import jaxtyping
 import pytest
 
@@ -8,6 +13,37 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 4)
 # The tests compile many small programs and run each once.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Older emitters of code, and one piece of it per program: with both, programs compile in half the time.
+XLA_FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+
+
+def pytest_configure(config):
+    """Passes XLA, also that of the workers and of processes that tests start, the flags of the above that it knows."""
+    if hasattr(config, "workerinput") or "XLA_FLAGS" in os.environ:
+        return
+    cache, key = getattr(config, "cache", None), f"xla_flags/{jaxlib.__version__}"
+    known = cache and cache.get(key, None)
+    if known is None:
+        known = known_flags()
+        if cache:
+            cache.set(key, known)
+    os.environ["XLA_FLAGS"] = " ".join(known)
+
+
+def known_flags():
+    """Those that this release of XLA knows: a process with one that it does not know ends."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    probes = {
+        flag: subprocess.Popen(
+            command,
+            env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for flag in XLA_FLAGS
+    }
+    return [flag for flag, probe in probes.items() if probe.wait() == 0]
 
 
 @pytest.fixture
