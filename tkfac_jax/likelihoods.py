@@ -124,7 +124,15 @@ class Categorical:
             msg = f"Categorical expects integer class indices as targets; got {targets.dtype}."
             raise ValueError(msg)
         _check_shapes("Categorical", outputs.shape[:-1], targets.shape)
-        return optax.softmax_cross_entropy_with_integer_labels(_at_least_float32(outputs), targets)
+        logits = _at_least_float32(outputs)
+        # Optax looks the label's logit up, and JAX cannot differentiate a lookup in logits that are divided
+        # over explicit mesh axes. Wrong labels give NaN, and negative ones count from the end, there as here.
+        classes = logits.shape[-1]
+        labels = jnp.where(targets < 0, targets + classes, targets)[..., None]
+        chosen = labels == jnp.arange(classes)
+        own = jnp.sum(logits, axis=-1, where=chosen)
+        own = jnp.where(chosen.any(-1), own, jnp.nan)
+        return jax.nn.logsumexp(logits, axis=-1) - own
 
 
 @dataclasses.dataclass(frozen=True)
