@@ -11,6 +11,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 RELEASE_TESTS := \
   tests/test_calls.py \
   tests/test_composed_layers.py \
+  tests/test_distributed.py \
   tests/test_train_state.py
 
 # The newest Python from 3.12 on that runs, on PATH or among pyenv's. One of pyenv's shims may exist and yet not run.
