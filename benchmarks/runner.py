@@ -88,7 +88,8 @@ class Run:
         optimizer = method.build(self.layers)
         self.train_step = _make_step(problem, method, optimizer, self.layers)
         params = jax.tree.map(jnp.array, problem.params)
-        self.trees = (params, optimizer.init(params), problem.model_state)
+        # One program: operation by operation, init takes seconds to compile.
+        self.trees = (params, jax.jit(optimizer.init)(params), problem.model_state)
         self.step, self.seconds, self.step_ms = 0, 0.0, []
         self.curve = [{"step": 0, "seconds": 0.0, **problem.evaluate(params, problem.model_state)}]
         self.order: tuple[int, Any] = (-1, None)
