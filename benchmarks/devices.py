@@ -5,7 +5,7 @@
 The factors are those of the MNIST autoencoder (784-1000-500-250-30 and back), of random numbers. For each number
 of devices a process of its own says how many matrices a device inverts at most, how many bytes of factors and
 inverses it holds (whole, and divided with `shard_state=True`), and how long an update with new inverses takes.
-Devices of one host share its cores: times fall no further than there are cores, counts and bytes do.
+Devices of one host share its cores, which one of them can keep busy: times need not fall, counts and bytes do.
 """
 
 import os
