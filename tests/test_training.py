@@ -215,6 +215,9 @@ def test_messages(unchecked):
         make(optimizer, estimator="true")
     with pytest.raises(ValueError, match="needs a key: pass key="):
         make(optimizer)(params, init(optimizer, params), x, targets=y)
+    accumulating = tkfac.multi_steps(optimizer, 2, layers=layers)
+    with pytest.raises(ValueError, match="give make_train_step the optimizer itself"):
+        make(accumulating)(params, accumulating.init(params), x, targets=y, key=KEYS[0])
     adam = optax.adam(1e-3)
     with pytest.raises(ValueError, match="holds 0 TkfacState; expected exactly one"):
         make(adam)(params, adam.init(params), x, targets=y, key=KEYS[0])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from tkfac_jax.accumulation import AccumulationState
 from tkfac_jax.capture import Rule, trace_restricted
 from tkfac_jax.curvature import Share, find_state, first_step_of, num_shares, share_at
 from tkfac_jax.discovery import unjitted
@@ -21,6 +22,11 @@ from tkfac_jax.statistics import (
     value_and_grad_with_fisher,
 )
 from tkfac_jax.transform import check_interval
+
+ACCUMULATING = (
+    "the optimizer is one of multi_steps, whose steps make_train_step cannot tell apart from micro-steps: give "
+    "make_train_step the optimizer itself and whole batches, or write the step by hand."
+)
 
 Refresh = Literal["none", "share", "all"]
 
@@ -172,6 +178,11 @@ def _refresh_at(step: int, interval: int, of: int) -> Refresh:
     return "share" if step % interval == first else "none"
 
 
+def _accumulates(opt_state: Any) -> bool:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda leaf: isinstance(leaf, AccumulationState))
+    return any(isinstance(leaf, AccumulationState) for leaf in leaves)
+
+
 class _HostCounter:
     """The number of the next step, kept on the host so that picking a program waits for no device."""
 
@@ -181,6 +192,8 @@ class _HostCounter:
 
     def read(self, opt_state: Any) -> int:
         """The number of the step that `opt_state` is about to make."""
+        if _accumulates(opt_state):
+            raise ValueError(ACCUMULATING)
         step = find_state(opt_state).step
         if step is not self._seen:
             # Of a step that several processes hold, each can read its own copy.
