@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import tkfac_jax as tkfac
-from benchmarks.figures import plot_curves, steps_to_reach, table
+from benchmarks.figures import plot_curves, results_table, tuning_table
 from benchmarks.mnist import load_images
 from benchmarks.runner import Method, Problem, Run, best_of, environment, race
 
@@ -140,48 +140,6 @@ def trials() -> dict[str, list[Method]]:
     }
 
 
-def tuning_table(tuning: dict[str, list[dict[str, Any]]]) -> str:
-    """What every setting reached."""
-    rows = [("method", "settings", "steps", "training loss")]
-    for name, records in tuning.items():
-        for record in records:
-            loss = record["train_loss"]
-            shown = "diverged" if loss is None else f"{loss:.2f}"
-            rows.append((name, record["settings"], str(record["steps"]), shown))
-    return table(rows)
-
-
-def results_table(records: list[dict[str, Any]]) -> str:
-    """What the best setting of every method reached, and when."""
-    end = records[0]["curve"][-1]["step"]
-    rows = [
-        (
-            "method",
-            "settings",
-            f"training loss at {end}",
-            "test loss",
-            "ms per step",
-            f"steps to {GOAL}",
-            f"seconds to {GOAL}",
-        )
-    ]
-    for record in records:
-        last, reached = record["curve"][-1], steps_to_reach(record, GOAL)
-        seconds = next((p["seconds"] for p in record["curve"] if p["step"] == reached), None)
-        rows.append(
-            (
-                record["method"],
-                record["settings"],
-                f"{last['train_loss']:.2f}",
-                f"{last['test_loss']:.2f}",
-                f"{record['median_step_ms']:.0f}",
-                "not reached" if reached is None else str(reached),
-                "" if seconds is None else f"{seconds:.0f}",
-            )
-        )
-    return table(rows)
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -210,14 +168,14 @@ def main() -> None:
             options.out_dir / f"tuning-{options.tuning_epochs}-epochs-seed-{options.seed}",
         )
         best.append(method)
-    print(tuning_table(tuning))
+    print(tuning_table(tuning, ".2f"))
 
     checkpoints = options.out_dir / f"checkpoints-seed-{options.seed}"
     checkpoints.mkdir(exist_ok=True)
     runs = [Run(problem, method, options.seed, checkpoints) for method in best]
     race(runs, options.epochs * epoch, epoch, "autoencoder")
     records = [run.record() for run in runs]
-    print(results_table(records))
+    print(results_table(records, GOAL, ".2f"))
 
     results = {
         "environment": environment(),

@@ -46,14 +46,19 @@ class ConvNet(nn.Module):
         return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
-def digits_problem(seed: int) -> Problem:
-    """The network with its initial parameters and the digits, split into training and test set."""
+def digits_data(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Images `(n, 8, 8, 1)` in [0, 1] and labels `(n,)` of a training and of a test set."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(images))
     images = (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     labels = labels[order].astype(np.int32)
-    train_x, test_x = images[TEST_EXAMPLES:], images[:TEST_EXAMPLES]
-    train_y, test_y = labels[TEST_EXAMPLES:], labels[:TEST_EXAMPLES]
+    training = images[TEST_EXAMPLES:], labels[TEST_EXAMPLES:]
+    return training, (images[:TEST_EXAMPLES], labels[:TEST_EXAMPLES])
+
+
+def digits_problem(seed: int) -> Problem:
+    """The network with its initial parameters and the digits, split into training and test set."""
+    (train_x, train_y), (test_x, test_y) = digits_data(seed)
     model, likelihood = ConvNet(), tkfac.Categorical()
     variables = model.init(jax.random.key(seed), train_x[:1], train=False)
 

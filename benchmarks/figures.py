@@ -25,14 +25,44 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def tuning_table(tuning: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+def tuning_table(tuning: Mapping[str, Sequence[dict[str, Any]]], form: str = ".4g") -> str:
     """The training loss that every setting of every method reached, as `best_of` records it."""
     rows = [("method", "settings", "steps", "training loss")]
     for name, records in tuning.items():
         for record in records:
             loss = record["train_loss"]
-            shown = "diverged" if loss is None else f"{loss:.4g}"
+            shown = "diverged" if loss is None else f"{loss:{form}}"
             rows.append((name, record["settings"], str(record["steps"]), shown))
+    return table(rows)
+
+
+def results_table(records: Sequence[dict[str, Any]], goal: float, form: str) -> str:
+    """What every run reached at its end, and when it reached a training loss; losses in a format."""
+    rows: list[tuple[str, ...]] = [
+        (
+            "method",
+            "settings",
+            f"training loss at {records[0]['curve'][-1]['step']}",
+            "test loss",
+            "ms per step",
+            f"steps to {goal:{form}}",
+            f"seconds to {goal:{form}}",
+        )
+    ]
+    for record in records:
+        end, reached = record["curve"][-1], steps_to_reach(record, goal)
+        seconds = next((p["seconds"] for p in record["curve"] if p["step"] == reached), None)
+        rows.append(
+            (
+                record["method"],
+                record["settings"],
+                f"{end['train_loss']:{form}}",
+                f"{end['test_loss']:{form}}",
+                f"{record['median_step_ms']:.0f}",
+                "not reached" if reached is None else str(reached),
+                "" if seconds is None else f"{seconds:.0f}",
+            )
+        )
     return table(rows)
 
 

@@ -30,7 +30,7 @@ import optax
 
 import tkfac_jax as tkfac
 from benchmarks.autoencoder import growing_decay
-from benchmarks.figures import plot_curves, steps_to_reach, table, tuning_table
+from benchmarks.figures import plot_curves, results_table, tuning_table
 from benchmarks.runner import Method, Problem, Run, choose, environment, race
 
 # Tokens: printable ASCII, the newline, and one for every other character.
@@ -184,38 +184,6 @@ def trials(steps: int) -> dict[str, list[Method]]:
     }
 
 
-def results_table(records: list[dict[str, Any]]) -> str:
-    """Losses, time, and the steps and seconds to the training loss at which Adam ends."""
-    adam_end = next(record for record in records if record["method"] == "Adam")["curve"][-1]
-    goal = adam_end["train_loss"]
-    rows: list[tuple[str, ...]] = [
-        (
-            "method",
-            "settings",
-            f"training loss at {adam_end['step']}",
-            "test loss",
-            "ms per step",
-            f"steps to {goal:.3f}",
-            f"seconds to {goal:.3f}",
-        )
-    ]
-    for record in records:
-        end, reached = record["curve"][-1], steps_to_reach(record, goal)
-        seconds = next((p["seconds"] for p in record["curve"] if p["step"] == reached), None)
-        rows.append(
-            (
-                record["method"],
-                record["settings"],
-                f"{end['train_loss']:.3f}",
-                f"{end['test_loss']:.3f}",
-                f"{record['median_step_ms']:.0f}",
-                "not reached" if reached is None else str(reached),
-                "" if seconds is None else f"{seconds:.0f}",
-            )
-        )
-    return table(rows)
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -242,7 +210,8 @@ def main() -> None:
     runs = [Run(problem, method, options.seed) for method in best]
     race(runs, options.steps, TURN, "gpt")
     records = [run.record() for run in runs]
-    print(results_table(records))
+    adam = next(record for record in records if record["method"] == "Adam")
+    print(results_table(records, adam["curve"][-1]["train_loss"], ".3f"))
 
     options.out_dir.mkdir(parents=True, exist_ok=True)
     results = {

@@ -21,18 +21,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from sklearn.datasets import load_digits
 
 import tkfac_jax as tkfac
-from benchmarks.digits import results_table
+from benchmarks.digits import digits_data, results_table
 from benchmarks.figures import plot_curves, tuning_table
 from benchmarks.runner import Method, Problem, Run, choose, environment, race
 
 BATCH_SIZE = 128
-TEST_EXAMPLES = 360
 INTERVAL = 10
 FALLBACK_RATE = 0.03
 TURN = 10
@@ -74,12 +71,7 @@ class ConvNet(nnx.Module):
 
 def nnx_problem(seed: int) -> Problem:
     """The network with its initial parameters and the digits, split into training and test set."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(images))
-    images = (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
-    labels = labels[order].astype(np.int32)
-    train_x, test_x = images[TEST_EXAMPLES:], images[:TEST_EXAMPLES]
-    train_y, test_y = labels[TEST_EXAMPLES:], labels[:TEST_EXAMPLES]
+    (train_x, train_y), (test_x, test_y) = digits_data(seed)
     likelihood = tkfac.Categorical()
     graph, params, averages = nnx.split(ConvNet(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
 

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from networks import mlp_problem
 
 import tkfac_jax as tkfac
-from tkfac_jax import meshes
+from tkfac_jax import capture, meshes
 
 DEVICES = 4
 
@@ -151,6 +151,44 @@ def test_averages_are_taken_once(check_vma):
             )
         )(params, plain.init(params), x, y)
         assert_same(received, jax.device_get(wanted))
+
+
+@pytest.mark.parametrize(
+    ("how", "axes"),
+    [("whole", "a"), ("whole", "ab"), ("divided", "a"), ("divided", "ab"), ("shard_map", "a")],
+)
+def test_the_optimizer_divides_its_inversions(how, axes):
+    _, params, *_, layers = mlp_problem()
+    shapes = []
+
+    def watched(stack):
+        shapes.append(stack.shape)
+        return tkfac.cholesky_inverse(stack)
+
+    sizes = {1: (4,), 2: (2, 2)}[len(axes)]
+    mesh = jax.make_mesh(sizes, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    options = {"mesh": mesh, "shard_state": how == "divided"}
+    if how == "shard_map":
+        options = {"axis_name": axes}
+    plain = tkfac.scale_by_tkfac(layers)
+    optimizer = tkfac.scale_by_tkfac(layers, inverse=watched, **options)
+    statistics = jax.tree.map(
+        lambda s: jnp.eye(len(s)) * 3 if s.ndim == 2 else s + 1, capture.zero_slots(layers)
+    )
+
+    def update(state, optimizer=optimizer):
+        return optimizer.update(params, state, statistics=statistics)
+
+    expected, _ = jax.jit(functools.partial(update, optimizer=plain))(plain.init(params))
+    state = optimizer.init(params)
+    shapes.clear()
+    if how == "shard_map":
+        whole = PartitionSpec()
+        update = jax.shard_map(update, mesh=mesh, in_specs=whole, out_specs=whole)
+    received, _ = jax.jit(update)(state)
+    # Six matrices, of sizes 5, 5, 5, 4, 4 and 3, are two rounds of four devices.
+    assert set(shapes) == {(1, 5, 5), (1, 4, 4)}
+    assert_same(received, jax.device_get(expected))
 
 
 def test_make_train_step_over_a_mesh():

@@ -14,6 +14,7 @@ from networks import mlp_problem, spec
 import tkfac_jax as tkfac
 from tkfac_jax.curvature import find_state
 from tkfac_jax.diagnostics import table
+from tkfac_jax.inverses import invert_factors
 from tkfac_jax.layers import Layers
 
 # Compiled programs are kept between examples; the first one pays.
@@ -156,8 +157,6 @@ def test_inverses_of_any_condition_number(size, exponent, scale, dtype, seed):
 
 @functools.cache
 def inverse_of(size, dtype):
-    from tkfac_jax.inverses import invert_factors
-
     layers = {".": spec(size, 1, dtype=dtype)}
 
     @jax.jit

@@ -225,7 +225,8 @@ def small_run():
     @functools.cache
     def on(layout):
         """The shapes of params and state with their shardings, the first of them, and `between`."""
-        optimizer = tkfac.tkfac(0.5, layers, damping=0.1, **layout.options)
+        # At the checkpoint the inverses are those of an earlier step: the next one uses them.
+        optimizer = tkfac.tkfac(0.5, layers, damping=0.1, inverse_interval=2, **layout.options)
         shapes = jax.eval_shape(optimizer.init, params)
         shardings = jax.tree.map(lambda _: layout.sharding(), params), layout.shardings(shapes)
         data = jax.device_put((x, targets), layout.sharding("data"))

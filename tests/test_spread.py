@@ -111,6 +111,22 @@ def test_a_share_can_be_chosen_by_the_caller():
         assert [name for name, at in new.refreshed.items() if at == 9] == sorted(names)
 
 
+def test_more_shares_than_layers_leave_some_empty():
+    _, params, _, _, layers = mlp_problem()
+    optimizer = tkfac.scale_by_tkfac(layers)
+    state = optimizer.init(params)._replace(step=jnp.asarray(9))
+
+    @jax.jit
+    def refreshed(state, number):
+        share = tkfac.Share(number, 5)
+        return optimizer.update(params, state, statistics=None, refresh_inverses=share)[1].refreshed
+
+    counts = [sum(int(at) == 9 for at in refreshed(state, i).values()) for i in range(5)]
+    assert counts == [1, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match=r"Share\(number=5, of=5\); expected a number from 0 to 4"):
+        optimizer.update(params, state, statistics=None, refresh_inverses=tkfac.Share(5, 5))
+
+
 def test_an_interval_that_is_not_known_beforehand_is_refused(unchecked):
     *_, layers = mlp_problem()
     with pytest.raises(ValueError, match="spread_inverses needs an inverse_interval that is"):

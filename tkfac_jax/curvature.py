@@ -55,8 +55,8 @@ class Share(NamedTuple):
     """One share of the layers, whose inverses are refreshed while those of the others stay.
 
     Attributes:
-      number: which one, from 0; may be traced.
-      of: how many shares there are.
+      number: which one, from 0 to `of - 1`; may be traced.
+      of: how many shares there are. If they are more than layers, some are empty.
     """
 
     number: int | Array
@@ -69,7 +69,8 @@ class TkfacState(NamedTuple):
     Attributes:
       step: number of updates so far.
       factors: by layer, the moving averages; of the damped factors under `averaging="factors"`, of the
-        undamped ones under `averaging="moments"`.
+        undamped ones under `averaging="moments"`. With `shard_state=True`, these and the inverses may be filled up
+        with zeros along one axis.
       inverses: by layer, the inverses of the damped factors, as of the last refresh.
       factor_updates: number of statistics that have entered the averages.
       skipped_statistics: number of statistics that were left out because they were not finite.
@@ -244,7 +245,7 @@ class Curvature(NamedTuple):
             if self.averaging == "moments":
                 damped = self.damping.damp(damped, active, step)
             old = {name: inverses_in_shape(active[name], inverse) for name, inverse in old.items()}
-            devices = Devices(self.axis_name, self.storage.mesh)
+            devices = Devices(self.axis_name, self.storage.mesh, self.storage.divided)
             new, failures = invert_factors(damped, old, active, self.inverse, devices)
             return self.storage.store_inverses(new), failures
 
@@ -271,8 +272,9 @@ class Curvature(NamedTuple):
     ) -> dict[str, Any]:
         """Refreshes the inverses of one share of the layers; see `refresh`."""
         plan = shares(active, share.of)
-        if len(plan) == 1:
-            return self.refresh(state, active)
+        if isinstance(share.number, int) and not 0 <= share.number < share.of:
+            msg = f"{share}; expected a number from 0 to {share.of - 1}."
+            raise ValueError(msg)
         return jax.lax.switch(
             share.number, [lambda names=names: self.refresh(state, active, names) for names in plan]
         )
@@ -309,8 +311,8 @@ def first_step_of(number: Any, interval: int, of: int) -> Any:
 
 
 def shares(layers: Mapping[str, LayerSpec], of: int) -> list[list[str]]:
-    """Divides layers into shares of about equal cost of their inverses, at most one for each layer."""
-    plan: list[list[str]] = [[] for _ in range(min(of, len(layers)))]
+    """Divides layers into shares of about equal cost of their inverses; more shares than layers leave some empty."""
+    plan: list[list[str]] = [[] for _ in range(of)]
     loads = [0] * len(plan)
     cost = {name: _cost_of_inverses(spec) for name, spec in layers.items()}
     for name in sorted(cost, key=lambda name: -cost[name]):

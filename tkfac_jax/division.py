@@ -6,13 +6,14 @@ neighbours in the order are of similar size little is added, and every device do
 nothing is filled up, and each size is one stack.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tkfac_jax.meshes import is_checked
 
@@ -33,52 +34,70 @@ class Devices(NamedTuple):
     Attributes:
       axis_name: mapped axis of `jax.pmap` or `jax.shard_map`, on which all devices hold the same matrices.
       mesh: mesh over whose devices a program under `jax.jit` is divided.
+      divided: with a mesh, each device is left with the results of its own share, not with those of all.
     """
 
     axis_name: Any = None
     mesh: Mesh | None = None
+    divided: bool = False
 
-    def size(self) -> int:
+    def number(self) -> int:
         """The number of devices."""
         if self.axis_name is not None:
             return jax.lax.axis_size(self.axis_name)
         return 1 if self.mesh is None else self.mesh.size
 
-    def map(self, function: StackFunction, stack: Float[Array, "n size size"]) -> Any:
+    def map(
+        self, function: StackFunction, stack: Float[Array, "n size size"]
+    ) -> tuple[Float[Array, "n size size"], Bool[Array, " n"]]:
         """Applies a function to a stack, each device to an equal share of it.
 
         Args:
-          function: from matrices to arrays with the same first axis, matrix by matrix.
+          function: from matrices to as many matrices and flags, one by one.
           stack: the matrices, a multiple of the number of devices.
 
         Returns:
           What the function returns for the whole stack.
         """
         if self.axis_name is not None:
-            share = len(stack) // self.size()
+            share = len(stack) // self.number()
             start = jax.lax.axis_index(self.axis_name) * share
-            own = function(jax.lax.dynamic_slice_in_dim(stack, start, share))
-            return jax.tree.map(self._gather, own)
-        if self.mesh is not None:
-            # Not a constraint on the stack alone: what the function does matrix by matrix is a loop on
-            # CPUs, which the compiler would not divide.
-            context = jax.sharding.get_abstract_mesh()
-            mesh = self.mesh if context.empty else context
-            first_axis = PartitionSpec(mesh.axis_names)
-            return jax.shard_map(
-                function, mesh=mesh, in_specs=first_axis, out_specs=first_axis, check_vma=False
-            )(stack)
-        return function(stack)
+            matrices, flags = function(jax.lax.dynamic_slice_in_dim(stack, start, share))
+            return _gather(matrices, self.axis_name), _gather(flags, self.axis_name)
+        if self.mesh is None:
+            return function(stack)
+        context = jax.sharding.get_abstract_mesh()
+        mesh = self.mesh if context.empty else context
+        axes = mesh.axis_names
 
-    def _gather(self, own: Array) -> Array:
-        """The shares of all devices, one after the other."""
-        if not is_checked(self.axis_name):
-            return jax.lax.all_gather(own, self.axis_name, tiled=True)
-        # What all devices gather is the same on all, which has to be said where JAX checks it.
-        if hasattr(jax.lax, "all_gather_invariant"):  # JAX 0.8
-            gather = jax.lax.all_gather_invariant  # pyright: ignore[reportAttributeAccessIssue]
-            return gather(own, self.axis_name, tiled=True)
-        return jax.lax.all_gather(own, self.axis_name, tiled=True, to="invarying")
+        # What is wanted whole is gathered here, once for the stack: from one that is divided, the compiler
+        # would fetch every matrix by itself.
+        def on_own(own: Array) -> tuple[Array, Array]:
+            results = function(own)
+            return results if self.divided else jax.tree.map(gather, results)
+
+        gather = functools.partial(_gather, axis_name=axes)
+        share, whole = PartitionSpec(axes), PartitionSpec()
+        # A constraint on the stack would not do: what is done matrix by matrix is a loop on CPUs, which the
+        # compiler does not divide.
+        return jax.shard_map(
+            on_own,
+            mesh=mesh,
+            in_specs=share,
+            out_specs=share if self.divided else whole,
+            check_vma=False,
+        )(stack)
+
+
+def _gather(own: Array, axis_name: Any) -> Array:
+    """The shares of all devices, one after the other."""
+    if not is_checked(axis_name):
+        return jax.lax.all_gather(own, axis_name, tiled=True)
+    # What all devices gather is the same on all, which has to be said where JAX checks it.
+    if hasattr(jax.lax, "all_gather_invariant"):  # JAX 0.8
+        gather = jax.lax.all_gather_invariant  # pyright: ignore[reportAttributeAccessIssue]
+        return gather(own, axis_name, tiled=True)
+    return jax.lax.all_gather(own, axis_name, tiled=True, to="invarying")
 
 
 def map_matrices(
@@ -96,7 +115,7 @@ def map_matrices(
       By size, what the function returns for the matrices.
     """
     found: dict[int, list[Any]] = {size: [] for size in groups}
-    count = devices.size()
+    count = devices.number()
     for pieces in deal({size: len(group) for size, group in groups.items()}, count):
         largest = pieces[0].size
         parts = [_filled(groups[p.size][p.start : p.stop], largest) for p in pieces]

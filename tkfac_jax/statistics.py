@@ -262,7 +262,8 @@ def value_and_grad_with_fisher(
       rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
       precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`.
-      axis_name: mapped axis over which the statistics are averaged (loss and gradient are not).
+      axis_name: mapped axis over which the statistics are averaged. Loss and gradient are not: they are those of the
+        device's own examples, under `jax.shard_map` whether it checks replication or not.
 
     Returns:
       `f(params, *args, targets, key=None, position_mask=None, example_weights=None, **kwargs)`, which returns

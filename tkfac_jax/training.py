@@ -192,10 +192,10 @@ class _HostCounter:
 
     def read(self, opt_state: Any) -> int:
         """The number of the step that `opt_state` is about to make."""
-        if _accumulates(opt_state):
-            raise ValueError(ACCUMULATING)
         step = find_state(opt_state).step
         if step is not self._seen:
+            if _accumulates(opt_state):
+                raise ValueError(ACCUMULATING)
             # Of a step that several processes hold, each can read its own copy.
             own = step.addressable_data(0) if isinstance(step, jax.Array) else step
             self._number = int(np.asarray(own).flat[0])
