@@ -41,8 +41,38 @@ def test_cholesky_inverse():
     np.testing.assert_array_equal(received, received.mT)
 
 
-def test_cholesky_inverse_says_nan_where_it_fails():
-    stack = jnp.stack([positive_definite(0, 3), -jnp.eye(3)])
+@pytest.mark.parametrize("size", [255, 257, 515, 1025])
+def test_large_matrices_are_inverted_by_halves(size):
+    # Of the matrix only the lower triangle is read.
+    matrix = positive_definite(size, size)
+    received = jax.jit(tkfac.cholesky_inverse)(jnp.tril(matrix)[None])[0]
+    # The condition number is about 40 times the size.
+    np.testing.assert_allclose(received, np.linalg.inv(matrix), rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(received, received.T, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_inverses_by_halves_lose_no_more_digits_than_those_of_lapack(dtype):
+    size, condition = 300, 1e3 if dtype == jnp.float32 else 1e10
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
+    scales = np.geomspace(1, condition, size)
+    matrix, expected = (basis / scales) @ basis.T, (basis * scales) @ basis.T
+
+    def error(received):
+        return np.linalg.norm(received - expected) / np.linalg.norm(expected)
+
+    received = tkfac.cholesky_inverse(jnp.asarray(matrix, dtype)[None])[0]
+    solve = jax.scipy.linalg.cho_solve
+    factor = jax.scipy.linalg.cho_factor(jnp.asarray(matrix, dtype))
+    lapack = solve(factor, jnp.eye(size, dtype=dtype))
+    assert error(received) < 3 * error(lapack)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+@pytest.mark.parametrize("where", [0, -1])
+def test_cholesky_inverse_says_nan_where_it_fails(size, where):
+    bad = jnp.eye(size).at[where, where].set(-1)
+    stack = jnp.stack([positive_definite(0, size), bad])
     received = tkfac.cholesky_inverse(stack)
     assert bool(jnp.isfinite(received[0]).all())
     assert bool(jnp.isnan(received[1]).any())

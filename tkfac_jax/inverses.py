@@ -12,12 +12,18 @@ from jaxtyping import Array, Bool, Float, Int
 from tkfac_jax.division import Devices, map_matrices
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
+from tkfac_jax.meshes import vary, varying_axes
 from tkfac_jax.threads import limit_lapack_threads
 
 Inverse = Callable[[Array], Array]
 
-# Shares of a matrix's mean diagonal that are added to it after a failed inversion, one retry each.
-RETRY_DAMPING = (1e-4, 1e-2, 1.0)
+# Shares of a matrix's mean diagonal that are added to it, one attempt after the other until an inversion succeeds.
+DAMPING_SHARES = (0.0, 1e-4, 1e-2, 1.0)
+
+# Sizes below which halving a matrix no longer pays, and how often it is halved at most: eight blocks leave
+# little outside matrix products, and more would only compile longer.
+SMALLEST_BLOCK = 128
+LARGEST_LEVELS = 3
 
 ONE_DEVICE = Devices()
 
@@ -60,13 +66,16 @@ def keeps_bias_apart(spec: LayerSpec) -> bool:
 
 
 def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:
-    """Inverts symmetric positive definite matrices by their Cholesky factors.
+    """Inverts symmetric positive definite matrices by their Cholesky factors, found by halves.
+
+    As exact as LAPACK's factor and solve with the identity; most of the work, `2 n^3` instead of `10/3 n^3`
+    operations, is in matrix products.
 
     Args:
       matrices: the matrices; only the lower triangles are read.
 
     Returns:
-      The inverses, symmetric. Where a matrix is not positive definite, NaN.
+      The inverses, symmetric up to rounding. Where a matrix is not positive definite, NaN.
     """
     limit_lapack_threads()
     # Batched LAPACK calls of jaxlib 0.10 wait inside XLA's CPU thread pool for tasks of the same pool:
@@ -79,10 +88,50 @@ def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch
 
 
 def _cholesky_inverse(matrices: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    identity = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
-    factor = jax.lax.linalg.cholesky(matrices, symmetrize_input=False)
-    half = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    return jnp.matmul(half.mT, half, precision=jax.lax.Precision.HIGHEST)
+    levels = min(LARGEST_LEVELS, (matrices.shape[-1] // SMALLEST_BLOCK).bit_length())
+    return _gram(_inverse_factor(matrices, levels), levels)
+
+
+def _inverse_factor(
+    matrices: Float[Array, "*batch n n"], levels: int
+) -> Float[Array, "*batch n n"]:
+    """The inverses of the Cholesky factors, by halves: all but the blocks of the last level are matrix products.
+
+    `[[A, .], [B, C]]` has the factor `[[K, 0], [B K^-T, M]]` with `K K^T = A`, `M M^T = C - B A^-1 B^T`.
+    """
+    size = matrices.shape[-1]
+    if levels == 0:
+        identity = jnp.broadcast_to(jnp.eye(size, dtype=matrices.dtype), matrices.shape)
+        factor = jax.lax.linalg.cholesky(matrices, symmetrize_input=False)
+        return jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    half = size // 2
+    first = _inverse_factor(matrices[..., :half, :half], levels - 1)
+    below = _product(matrices[..., half:, :half], first.mT)
+    rest = matrices[..., half:, half:] - _product(below, below.mT)
+    second = _inverse_factor(rest, levels - 1)
+    corner = -_product(_product(second, below), first)
+    above = jnp.zeros_like(matrices[..., :half, half:])
+    return _join(first, above, corner, second)
+
+
+def _gram(factors: Float[Array, "*batch n n"], levels: int) -> Float[Array, "*batch n n"]:
+    """`L^T L` of lower triangular matrices, without the products with the zeros above."""
+    if levels == 0:
+        return _product(factors.mT, factors)
+    half = factors.shape[-1] // 2
+    corner, second = factors[..., half:, :half], factors[..., half:, half:]
+    first = _gram(factors[..., :half, :half], levels - 1) + _product(corner.mT, corner)
+    below = _product(second.mT, corner)
+    return _join(first, below.mT, below, _gram(second, levels - 1))
+
+
+def _join(a: Array, b: Array, c: Array, d: Array) -> Array:
+    """`[[a, b], [c, d]]`."""
+    return jnp.concatenate([jnp.concatenate([a, b], -1), jnp.concatenate([c, d], -1)], -2)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def invert_factors(
@@ -177,24 +226,24 @@ def _invert_with_retries(
 ) -> tuple[Float[Array, "batch n n"], Bool[Array, " batch"]]:
     """Inverts a stack, the failures again with more damping; also says which ones succeeded."""
     mean_diagonal = jnp.trace(matrices, axis1=-2, axis2=-1) / matrices.shape[-1]
-    shares = jnp.asarray(RETRY_DAMPING, matrices.dtype)
-    first = inverse(matrices)
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    shares = jnp.asarray(DAMPING_SHARES, matrices.dtype)
+
+    # Each attempt inverts all of the stack: then the inverse is compiled once, and no results are merged.
+    def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tried, _, good = carry
+        tried = jnp.where(good, tried, tried + 1)
+        extra = shares[tried] * mean_diagonal
+        results = inverse(matrices + extra[:, None, None] * identity)
+        return tried, results, _is_good(results)
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        attempt, _, good = carry
-        return (attempt < len(RETRY_DAMPING)) & ~good.all()
+        tried, _, good = carry
+        return (~good & (tried < len(DAMPING_SHARES) - 1)).any()
 
-    def retry(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        attempt, results, good = carry
-        extra = shares[attempt] * mean_diagonal
-        damped = matrices + extra[:, None, None] * jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-        again = inverse(damped)
-        kept = jnp.where(good[:, None, None], results, again)
-        return attempt + 1, kept, good | _is_good(again)
-
-    _, results, good = jax.lax.while_loop(
-        unfinished, retry, (jnp.zeros((), jnp.int32), first, _is_good(first))
-    )
+    none = jnp.zeros(len(matrices), jnp.int32)
+    start = vary((none - 1, jnp.zeros_like(matrices), none > 0), varying_axes(matrices))
+    _, results, good = jax.lax.while_loop(unfinished, attempt, start)
     return results, good
 
 
