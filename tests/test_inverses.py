@@ -125,6 +125,15 @@ def test_a_singular_matrix_is_retried_with_more_damping(dtype):
     )
 
 
+def test_a_trace_that_overflows_does_no_harm():
+    layers, factors, old = layers_of([(5, 3)], [False])
+    large = jnp.full(5, 8e37, jnp.float32)
+    factors["layer_0"] = factors["layer_0"]._replace(phi=jnp.diag(large))
+    received, failures = invert_factors(factors, old, layers, tkfac.cholesky_inverse)
+    assert not any(failures.values())
+    np.testing.assert_allclose(np.diag(received["layer_0"].phi), 1 / 8e37, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, -5.0], ids=["nan", "negative"])
 def test_a_hopeless_matrix_leaves_the_old_inverse(bad):
     layers, factors, old = layers_of([(4, 3), (4, 2)], [True, True])

@@ -225,7 +225,8 @@ def _invert_with_retries(
     matrices: Float[Array, "batch n n"], inverse: Inverse
 ) -> tuple[Float[Array, "batch n n"], Bool[Array, " batch"]]:
     """Inverts a stack, the failures again with more damping; also says which ones succeeded."""
-    mean_diagonal = jnp.trace(matrices, axis1=-2, axis2=-1) / matrices.shape[-1]
+    # Divided before it is summed: the sum may overflow, and no share of infinity is a number.
+    mean_diagonal = (jnp.diagonal(matrices, axis1=-2, axis2=-1) / matrices.shape[-1]).sum(-1)
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     shares = jnp.asarray(DAMPING_SHARES, matrices.dtype)
 
