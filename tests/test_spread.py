@@ -7,7 +7,8 @@ import pytest
 from networks import mlp_problem, spec
 
 import tkfac_jax as tkfac
-from tkfac_jax.curvature import find_state, first_step_of, num_shares, share_at, shares
+from tkfac_jax.curvature import find_state, shares
+from tkfac_jax.schedule import first_step_of, num_shares, share_at
 
 
 @pytest.mark.parametrize(("interval", "layers"), [(1, 3), (2, 3), (3, 3), (7, 3), (20, 8), (8, 20)])

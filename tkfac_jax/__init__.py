@@ -4,6 +4,8 @@ from tkfac_jax import analysis
 from tkfac_jax import linen as _linen  # noqa: F401 - registers the layers of Flax Linen
 from tkfac_jax import nnx as _nnx  # noqa: F401 - and those of Flax NNX
 from tkfac_jax.accumulation import multi_steps
+from tkfac_jax.adaptation import AdaptiveState
+from tkfac_jax.adaptive import adaptive_tkfac
 from tkfac_jax.calls import (
     LayerCall,
     attend_call,
@@ -36,6 +38,8 @@ from tkfac_jax.training import make_train_step
 from tkfac_jax.transform import kfac, scale_by_tkfac, tkfac
 
 __all__ = [
+    "AdaptiveState",
+    "adaptive_tkfac",
     "Bernoulli",
     "Categorical",
     "KroneckerFactors",

@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 from tkfac_jax.capture import zero_slots
 from tkfac_jax.curvature import find_state
 from tkfac_jax.layers import Layers
+from tkfac_jax.schedule import MISSING_STATISTICS, Interval, Missing, check_interval
 from tkfac_jax.tagged import Statistics, check_statistics
-from tkfac_jax.transform import MISSING_STATISTICS, Interval, check_interval
 
 
 class AccumulationState(NamedTuple):
@@ -38,10 +38,6 @@ class AccumulationState(NamedTuple):
     statistics: Statistics
     num_statistics: Int[Array, ""]
     inner_state: Any
-
-
-class _Missing:
-    """Stands for statistics that were not given, where None means something."""
 
 
 def multi_steps(
@@ -123,10 +119,10 @@ def multi_steps(
         state: Any,
         params: Any = None,
         *,
-        statistics: Any = _Missing,
+        statistics: Any = Missing,
         **extra_args: Any,
     ) -> tuple[Any, AccumulationState]:
-        if statistics is _Missing:
+        if statistics is Missing:
             raise TypeError(MISSING_STATISTICS)
 
         def finish(state: AccumulationState, *, given: bool) -> tuple[Any, AccumulationState]:

@@ -295,21 +295,6 @@ class Curvature(NamedTuple):
         }
 
 
-def num_shares(layers: int, interval: int) -> int:
-    """The number of shares when inverses are spread over an interval: at most one a step, one a layer."""
-    return max(1, min(layers, interval))
-
-
-def share_at(step: Any, interval: int, of: int) -> Any:
-    """The number of the share that is due at a step or was the last to be."""
-    return (step % interval) * of // interval
-
-
-def first_step_of(number: Any, interval: int, of: int) -> Any:
-    """The step of the interval at which a share is due."""
-    return (number * interval + of - 1) // of
-
-
 def shares(layers: Mapping[str, LayerSpec], of: int) -> list[list[str]]:
     """Divides layers into shares of about equal cost of their inverses; more shares than layers leave some empty."""
     plan: list[list[str]] = [[] for _ in range(of)]

@@ -96,13 +96,14 @@ def exact_estimate(likelihood: Any) -> Callable[[Batch], Estimate]:
             outputs = jax.lax.stop_gradient(outputs)
             count = likelihood.num_fisher_vectors(outputs)
             examples = jax.tree.leaves(outputs)[0].shape[0]
+            roots = None if batch.weights is None else jnp.sqrt(batch.weights)
 
             def one_vector(index: Array) -> tuple[Any, Array]:
                 vector = likelihood.fisher_vector(outputs, index, **batch.options())
                 # With the root of their number the sum becomes a mean, so that what does not
                 # depend on the vector (KFAC's input moment) keeps its scale.
                 scaled = jax.tree.map(lambda v: v * jnp.sqrt(jnp.asarray(count, v.dtype)), vector)
-                return pull_back(_weighted(scaled, batch)), jnp.asarray(examples)
+                return pull_back(weighted(scaled, roots)), jnp.asarray(examples)
 
             return _divide(*_sum_over(one_vector, jnp.arange(count)))
 
@@ -127,13 +128,12 @@ def _with_targets(
     return pull_back(cotangent), jnp.asarray(examples)
 
 
-def _weighted(cotangent: Any, batch: Batch) -> Any:
-    """Multiplies each example's derivatives by the root of its weight."""
-    if batch.weights is None:
-        return cotangent
-    root = jnp.sqrt(batch.weights)
+def weighted(tree: Any, weights: Array | None) -> Any:
+    """Multiplies what belongs to each example, the first axis of all arrays, by its weight."""
+    if weights is None:
+        return tree
     return jax.tree.map(
-        lambda leaf: leaf * root.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), cotangent
+        lambda leaf: leaf * weights.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), tree
     )
 
 

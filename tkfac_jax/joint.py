@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tkfac_jax.likelihoods import Likelihood
+from tkfac_jax.meshes import vary, varying_axes
 
 
 class Joint:
@@ -52,9 +53,9 @@ class Joint:
             first += count
         return vectors
 
-    def members(self) -> list[Any]:
-        """The likelihoods themselves."""
-        return list(self._likelihoods.values())
+    def members(self) -> dict[str, Any]:
+        """The likelihoods themselves, by the names of their outputs."""
+        return self._likelihoods
 
     def _sum(self, method: str, outputs: Any, targets: Any, mask: Any) -> Array:
         self._check("outputs", outputs)
@@ -108,10 +109,63 @@ def check_closed_form(likelihood: Any) -> None:
     Raises:
       ValueError: it, or one of several, lacks `num_fisher_vectors` or `fisher_vector`.
     """
-    for one in likelihood.members() if isinstance(likelihood, Joint) else [likelihood]:
+    for one in likelihood.members().values() if isinstance(likelihood, Joint) else [likelihood]:
         if not (hasattr(one, "fisher_vector") and hasattr(one, "num_fisher_vectors")):
             msg = (
                 f"{type(one).__name__} has no closed form: the exact Fisher needs its methods "
                 "num_fisher_vectors(outputs) and fisher_vector(outputs, index). Take the sampled Fisher."
             )
             raise ValueError(msg)
+
+
+def fisher_product(
+    likelihood: Any, outputs: Any, tangents: Any, targets: Any, mask: Any = None
+) -> Any:
+    """The Fisher of each example's outputs times a tangent of them.
+
+    It is what the likelihood says, `fisher_product` or else `fisher_vector`; and for one that says neither the
+    Hessian of `nll` at the data's targets, which is the same wherever the outputs are natural parameters.
+
+    Args:
+      likelihood: the likelihood, as `as_likelihood` returns it.
+      outputs: the outputs.
+      tangents: of the structure of the outputs.
+      targets: the data's targets.
+      mask: False where a position is padding.
+
+    Returns:
+      The products, of the structure of the outputs.
+    """
+    if isinstance(likelihood, Joint):
+        return {
+            name: fisher_product(
+                one, outputs[name], tangents[name], targets[name], _mask_of(mask, name).get("mask")
+            )
+            for name, one in likelihood.members().items()
+        }
+    options = {} if mask is None else {"mask": mask}
+    if hasattr(likelihood, "fisher_product"):
+        return likelihood.fisher_product(outputs, tangents, **options)
+    if hasattr(likelihood, "fisher_vector") and hasattr(likelihood, "num_fisher_vectors"):
+        return _product_of_vectors(likelihood, outputs, tangents, options)
+    gradient = jax.grad(lambda outputs: likelihood.nll(outputs, targets, **options).sum())
+    return jax.jvp(gradient, (outputs,), (tangents,))[1]
+
+
+def _product_of_vectors(
+    likelihood: Any, outputs: Any, tangents: Any, options: dict[str, Any]
+) -> Any:
+    """The sum of the vectors' outer products times a tangent, one vector at a time."""
+
+    def add(total: Any, index: Array) -> tuple[Any, None]:
+        vector = likelihood.fisher_vector(outputs, index, **options)
+        products = jax.tree.map(lambda v, t: (v * t).sum(range(1, v.ndim)), vector, tangents)
+        length = jnp.stack(jax.tree.leaves(products)).sum(0)
+        return jax.tree.map(
+            lambda total, v: total + v * length.reshape(-1, *(1,) * (v.ndim - 1)), total, vector
+        ), None
+
+    zeros = jax.tree.map(
+        lambda out, t: vary(jnp.zeros_like(out), varying_axes((out, t))), outputs, tangents
+    )
+    return jax.lax.scan(add, zeros, jnp.arange(likelihood.num_fisher_vectors(outputs)))[0]

@@ -114,6 +114,12 @@ class Layers(Mapping[str, LayerSpec]):
         """The parameters that belong to no layer: from a parameter's name to the reason."""
         return MappingProxyType(dict(self._fallback))
 
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the layers' kernels and biases."""
+        names = (name for spec in self.values() for name in (spec.kernel, spec.bias))
+        return frozenset(name for name in names if name is not None)
+
     def labels(self, params: Any) -> Any:
         """Labels each parameter for `optax.partition`.
 
@@ -134,7 +140,7 @@ class Layers(Mapping[str, LayerSpec]):
           >>> layers.labels(params)["layers_1"]
           {'bias': 'fallback', 'scale': 'fallback'}
         """
-        owned = {name for spec in self.values() for name in (spec.kernel, spec.bias)}
+        owned = self.parameters
         return jax.tree_util.tree_map_with_path(
             lambda path, _: "tkfac" if parameter_name(path) in owned else "fallback", params
         )
@@ -184,6 +190,13 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree of parameters by their names, `optax.MaskedNode` counted as a leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
     return {parameter_name(path): leaf for path, leaf in leaves}
+
+
+def replace_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
+    """A tree of parameters with other leaves under some of the names."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: new.get(parameter_name(path), leaf), tree, is_leaf=is_masked
+    )
 
 
 def is_masked(leaf: Any) -> bool:

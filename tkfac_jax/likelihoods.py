@@ -21,13 +21,15 @@ Mask = Bool[Array, "batch *positions"] | None
 class Likelihood(Protocol):
     """What the library needs of a likelihood.
 
-    Three more methods are optional:
+    Further methods are optional:
 
     * `fisher_nll(outputs, targets)`, where the loss is not the full negative log-likelihood (but a mean over
       positions, say): like `nll`, but scaled so that the second moment of its derivatives is the Fisher
       that should be used. Without it, `nll` is used.
     * `num_fisher_vectors(outputs)`, a whole number, and `fisher_vector(outputs, index)`, of the shape of the outputs:
       vectors whose outer products, summed, are the Fisher of each example's outputs. `exact_fisher` needs them.
+    * `fisher_product(outputs, tangents)`, of the shape of the outputs: that Fisher times a tangent of each example's
+      outputs, for `adaptive_tkfac`. Without it the vectors are used, or else the Hessian of `nll`.
 
     For masks of positions, all but `sample` take a further keyword argument `mask`.
     """
@@ -118,6 +120,18 @@ class Categorical:
         )
         return (vectors * here[..., None]).astype(outputs.dtype)
 
+    def fisher_product(
+        self,
+        outputs: Float[Array, "batch *positions classes"],
+        tangents: Float[Array, "batch *positions classes"],
+        mask: Mask = None,
+    ) -> Float[Array, "batch *positions classes"]:
+        """`(diag(p) - p p^T) t` at each position."""
+        p, t = jax.nn.softmax(_at_least_float32(outputs)), _at_least_float32(tangents)
+        products = p * (t - jnp.sum(p * t, axis=-1, keepdims=True))
+        weights = _position_weights(outputs.shape[:-1], self.average_positions, mask, p.dtype)
+        return products * weights[..., None]
+
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
         _check_float("Categorical", outputs)
         if not jnp.issubdtype(targets.dtype, jnp.integer):
@@ -190,6 +204,17 @@ class Bernoulli:
         p = jax.nn.sigmoid(_at_least_float32(outputs))
         here = _one_position(p.shape, index, self.average_positions, mask, p.dtype)
         return (jnp.sqrt(p * (1 - p)) * here).astype(outputs.dtype)
+
+    def fisher_product(
+        self,
+        outputs: Float[Array, "batch *positions"],
+        tangents: Float[Array, "batch *positions"],
+        mask: Mask = None,
+    ) -> Float[Array, "batch *positions"]:
+        """`p (1 - p) t` at each position."""
+        p = jax.nn.sigmoid(_at_least_float32(outputs))
+        weights = _position_weights(outputs.shape, self.average_positions, mask, p.dtype)
+        return p * (1 - p) * weights * tangents
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
         _check_float("Bernoulli", outputs)
@@ -270,6 +295,17 @@ class Normal:
         here = _one_position(outputs.shape, index, self.average_positions, mask, dtype)
         return (here / jnp.sqrt(jnp.asarray(self.variance, dtype))).astype(outputs.dtype)
 
+    def fisher_product(
+        self,
+        outputs: Num[Array, "batch *positions"],
+        tangents: Num[Array, "batch *positions"],
+        mask: Mask = None,
+    ) -> Float[Array, "batch *positions"]:
+        """`t / variance` at each position."""
+        dtype = _at_least_float32(outputs).dtype
+        weights = _position_weights(outputs.shape, self.average_positions, mask, dtype)
+        return tangents * (weights / jnp.asarray(self.variance, dtype))
+
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
         _check_float("Normal", outputs)
         _check_float("Normal", targets, "targets")
@@ -319,6 +355,15 @@ def _one_position(
         return here
     scale = jnp.sqrt(_num_positions(shape, mask, dtype))
     return here / scale.reshape(-1, *(1,) * (len(shape) - 1))
+
+
+def _position_weights(shape: tuple[int, ...], average: bool, mask: Mask, dtype: Any) -> Array:
+    """What the Fisher of each position counts for in that of its example."""
+    counted = _masked(jnp.ones(shape, dtype), mask)
+    if not average:
+        return counted
+    number = _num_positions(shape, mask, dtype)
+    return counted / number.reshape(-1, *(1,) * (len(shape) - 1))
 
 
 def _at_least_float32(outputs: Array) -> Array:

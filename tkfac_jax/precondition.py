@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from tkfac_jax.inverses import KroneckerInverses
-from tkfac_jax.layers import LayerSpec, is_masked, parameter_name
+from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.meshes import automatic, specs_of
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
@@ -77,9 +77,7 @@ def precondition(
     Returns:
       A tree of the same structure and dtypes; and by layer, whether its step was finite. A step that was not is zero.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(gradients, is_leaf=is_masked)
-    names = [parameter_name(path) for path, _ in flat]
-    leaves = dict(zip(names, (leaf for _, leaf in flat), strict=True))
+    leaves = named_leaves(gradients)
     steps: dict[str, Array] = {}
     good: dict[str, Array] = {}
     for name, inverse in inverses.items():
@@ -98,18 +96,27 @@ def precondition(
             steps[spec.bias] = jnp.where(finite, bias_step, 0)
     if norm_constraint is not None:
         steps = _constrain(steps, leaves, norm_constraint)
-    return jax.tree.unflatten(treedef, [steps.get(name, leaves[name]) for name in names]), good
+    return replace_leaves(gradients, steps), good
+
+
+def inner_product(steps: Any, others: Any) -> Float[Array, ""]:
+    """The sum of the products of two trees' entries, in at least float32.
+
+    Where an entry of the first is 0 that of the second may be anything.
+    """
+
+    def product(step: Array, other: Array) -> Array:
+        wide = step.astype(jnp.promote_types(step.dtype, jnp.float32))
+        return jnp.sum(jnp.where(step == 0, 0, wide * other))
+
+    products = jax.tree.leaves(jax.tree.map(product, steps, others))
+    return sum(products, jnp.zeros((), jnp.float32))
 
 
 def _constrain(
     steps: dict[str, Array], gradients: Mapping[str, Any], bound: float | Array
 ) -> dict[str, Array]:
-    def product_of(name: str, step: Array) -> Array:
-        wide = step.astype(jnp.promote_types(step.dtype, jnp.float32))
-        # Where there is no step the gradient may be anything.
-        return jnp.sum(jnp.where(step == 0, 0, wide * gradients[name]))
-
-    product = sum(product_of(name, step) for name, step in steps.items())
+    product = inner_product(steps, {name: gradients[name] for name in steps})
     positive = product > 0
     scale = jnp.where(positive, jnp.sqrt(bound / jnp.where(positive, product, 1)), 1)
     # Products of finite numbers can overflow, and cancel each other then.

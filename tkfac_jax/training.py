@@ -8,12 +8,14 @@ import numpy as np
 import optax
 
 from tkfac_jax.accumulation import AccumulationState
+from tkfac_jax.adaptation import find_adaptive
 from tkfac_jax.capture import Rule, trace_restricted
-from tkfac_jax.curvature import Share, find_state, first_step_of, num_shares, share_at
+from tkfac_jax.curvature import Share, find_state
 from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimator, nll_of
 from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers
+from tkfac_jax.schedule import check_interval, first_step_of, num_shares, share_at
 from tkfac_jax.statistics import (
     HIGHEST,
     Likelihoods,
@@ -21,7 +23,6 @@ from tkfac_jax.statistics import (
     Sharings,
     value_and_grad_with_fisher,
 )
-from tkfac_jax.transform import check_interval
 
 ACCUMULATING = (
     "the optimizer is one of multi_steps, whose steps make_train_step cannot tell apart from micro-steps: give "
@@ -101,6 +102,9 @@ def make_train_step(
 
     likelihood = as_likelihood(likelihood)
 
+    def outputs_of(predicted: Any) -> Any:
+        return predicted[0] if has_aux else predicted
+
     def without_fisher(
         params: Any, *args: Any, targets: Any, key: Any, position_mask: Any, example_weights: Any
     ) -> Any:
@@ -109,8 +113,7 @@ def make_train_step(
 
         def loss_fn(params: Any) -> Any:
             predicted = predict(params, *args)
-            outputs = predicted[0] if has_aux else predicted
-            return nll_of(likelihood, outputs, targets, batch).mean(), predicted
+            return nll_of(likelihood, outputs_of(predicted), targets, batch).mean(), predicted
 
         (loss, predicted), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return (loss, predicted), gradient, None
@@ -124,12 +127,17 @@ def make_train_step(
             (loss, predicted), gradient, statistics = value_and_grad(params, *args, **data)
             if axis_name is not None:
                 loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
-            new_inverses: bool | Share = refresh == "all"
-            if refresh == "share":
-                number = share_at(find_state(opt_state).step, inverse_interval, num)
-                new_inverses = Share(number, num)
             updates, opt_state = optimizer.update(
-                gradient, opt_state, params, statistics=statistics, refresh_inverses=new_inverses
+                gradient,
+                opt_state,
+                params,
+                statistics=statistics,
+                refresh_inverses=_which(refresh, opt_state, inverse_interval, num),
+                # What only adaptive_tkfac looks at.
+                outputs_fn=lambda params: outputs_of(predict(params, *args)),
+                targets=data["targets"],
+                position_mask=data["position_mask"],
+                example_weights=data["example_weights"],
             )
             metrics = {"loss": loss} | ({"aux": predicted[1]} if has_aux else {})
             return optax.apply_updates(params, updates), opt_state, metrics
@@ -150,10 +158,12 @@ def make_train_step(
         position_mask: Any = None,
         example_weights: Any = None,
     ) -> Any:
-        number = counter.read(opt_state)
-        kind = (
-            number % fisher_interval == 0,
-            _refresh_at(number, inverse_interval, num if spread_inverses else 1),
+        kind = _kind_of(
+            counter.read(opt_state),
+            counter.warmup_left > 0,
+            fisher_interval,
+            inverse_interval,
+            num if spread_inverses else 1,
         )
         if kind not in programs:
             programs[kind] = program(*kind)
@@ -170,12 +180,28 @@ def make_train_step(
     return step
 
 
+def _kind_of(
+    step: int, warming: bool, fisher_interval: int, inverse_interval: int, of: int
+) -> tuple[bool, Refresh]:
+    """Whether a step takes new statistics, and which inverses it refreshes."""
+    if warming:
+        return True, "none"
+    return step % fisher_interval == 0, _refresh_at(step, inverse_interval, of)
+
+
 def _refresh_at(step: int, interval: int, of: int) -> Refresh:
     """Which inverses are refreshed at a step, if they are spread over an interval in so many shares."""
     if step == 0 or of == 1:
         return "all" if step % interval == 0 else "none"
     first = first_step_of(share_at(step, interval, of), interval, of)
     return "share" if step % interval == first else "none"
+
+
+def _which(refresh: Refresh, opt_state: Any, interval: int, of: int) -> bool | Share:
+    """The optimizer's `refresh_inverses`."""
+    if refresh == "share":
+        return Share(share_at(find_state(opt_state).step, interval, of), of)
+    return refresh == "all"
 
 
 def _accumulates(opt_state: Any) -> bool:
@@ -189,19 +215,29 @@ class _HostCounter:
     def __init__(self) -> None:
         self._number = 0
         self._seen: Any = None
+        self.warmup_left = 0
 
     def read(self, opt_state: Any) -> int:
-        """The number of the step that `opt_state` is about to make."""
+        """The number of the step that `opt_state` is about to make; in a warm-up, of the one after that."""
         step = find_state(opt_state).step
         if step is not self._seen:
             if _accumulates(opt_state):
                 raise ValueError(ACCUMULATING)
-            # Of a step that several processes hold, each can read its own copy.
-            own = step.addressable_data(0) if isinstance(step, jax.Array) else step
-            self._number = int(np.asarray(own).flat[0])
+            self._number = _on_host(step)
+            adaptive = find_adaptive(opt_state)
+            self.warmup_left = 0 if adaptive is None else _on_host(adaptive.warmup_left)
         return self._number
 
     def advance(self, opt_state: Any) -> None:
         """Counts one step, which returned `opt_state`."""
-        self._number += 1
+        if self.warmup_left:
+            self.warmup_left -= 1
+        else:
+            self._number += 1
         self._seen = find_state(opt_state).step
+
+
+def _on_host(number: Any) -> int:
+    # Of a number that several processes hold, each can read its own copy.
+    own = number.addressable_data(0) if isinstance(number, jax.Array) else number
+    return int(np.asarray(own).flat[0])

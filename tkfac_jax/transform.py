@@ -4,40 +4,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from tkfac_jax.curvature import (
-    ADDED,
-    REFRESHED,
-    Averaging,
-    Curvature,
-    Share,
-    TkfacState,
-    first_step_of,
-    num_shares,
-    share_at,
-)
+from tkfac_jax.curvature import Averaging, Curvature, Share
 from tkfac_jax.damping import Damping, TraceDamping, Value, factored_damping, normal_damping
 from tkfac_jax.factors import Decay
 from tkfac_jax.inverses import Inverse, cholesky_inverse
 from tkfac_jax.layers import Layers
+from tkfac_jax.schedule import Interval, Intervals, Missing, renew
 from tkfac_jax.storage import Storage
 
-Interval = int | Array
-
 DEFAULT_FALLBACK = optax.adam(1e-3)
-
-MISSING_STATISTICS = (
-    "update() needs the keyword argument 'statistics': a function such as lambda: fisher(params, "
-    "inputs, key=key), the statistics themselves, or None for a step without new ones."
-)
-
-
-class _Missing:
-    """Stands for an argument that was not given, where None means something."""
 
 
 def scale_by_tkfac(
@@ -127,11 +106,13 @@ def scale_by_tkfac(
       >>> int(optax.tree.get(state, "step"))
       1
     """
-    _check_options(layers, decay, fisher_interval, inverse_interval, averaging, norm_constraint)
-    _check_devices(axis_name, mesh, shard_state)
-    if spread_inverses and not isinstance(inverse_interval, int):
-        msg = "spread_inverses needs an inverse_interval that is a Python int: the layers are shared out beforehand."
-        raise ValueError(msg)
+    check_options(layers, decay, averaging)
+    check_devices(axis_name, mesh, shard_state)
+    intervals = Intervals.checked(fisher_interval, inverse_interval, spread_inverses)
+    if norm_constraint is not None:
+        check_number(
+            "norm_constraint", norm_constraint, lambda value: value > 0, "a positive number"
+        )
     curvature = Curvature(
         layers,
         damping if isinstance(damping, Damping) else normal_damping(damping),
@@ -148,31 +129,13 @@ def scale_by_tkfac(
         state: Any,
         params: Any = None,
         *,
-        statistics: Any = _Missing,
+        statistics: Any = Missing,
         refresh_inverses: bool | Share | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del params, extra_args
-        if statistics is _Missing:
-            raise TypeError(MISSING_STATISTICS)
         active = curvature.active(updates, state)
-        if callable(statistics):
-            make: Callable[[], Any] = statistics
-            state = _when_due(
-                state, fisher_interval, ADDED, lambda state: curvature.add(state, make(), active)
-            )
-        elif statistics is not None:
-            state = state._replace(**curvature.add(state, statistics, active))
-        if isinstance(refresh_inverses, Share):
-            state = state._replace(**curvature.refresh_share(state, active, refresh_inverses))
-        elif refresh_inverses is None and spread_inverses:
-            state = _spread(curvature, state, active, inverse_interval)
-        elif refresh_inverses is None:
-            state = _when_due(
-                state, inverse_interval, REFRESHED, lambda state: curvature.refresh(state, active)
-            )
-        elif refresh_inverses:
-            state = state._replace(**curvature.refresh(state, active))
+        state = renew(curvature, intervals, state, active, statistics, refresh_inverses)
         updates, counted = curvature.precondition(updates, state, active)
         return updates, state._replace(step=optax.safe_increment(state.step), **counted)
 
@@ -236,8 +199,8 @@ def tkfac(
 
     Source: Gao et al. 2021, Algorithm 1.
     """
-    _check_number("momentum", momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
-    _check_number("weight_decay", weight_decay, lambda value: value >= 0, "a number of at least 0")
+    check_number("momentum", momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
+    check_number("weight_decay", weight_decay, lambda value: value >= 0, "a number of at least 0")
     steps: list[optax.GradientTransformation] = [
         scale_by_tkfac(
             layers,
@@ -261,9 +224,7 @@ def tkfac(
     steps.append(optax.scale_by_learning_rate(learning_rate))
     if not _is_zero(momentum):
         steps.append(optax.trace(momentum))
-    # A gradient that is not finite must not reach the fallback's averages.
-    guarded = optax.apply_if_finite(fallback, max_consecutive_errors=2**31 - 1)
-    return optax.partition({"tkfac": optax.chain(*steps), "fallback": guarded}, layers.labels)
+    return with_fallback(optax.chain(*steps), fallback, layers)
 
 
 def kfac(
@@ -303,74 +264,32 @@ def kfac(
 kfac.__signature__ = inspect.signature(tkfac)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _when_due(
-    state: TkfacState,
-    interval: Interval,
-    fields: tuple[str, ...],
-    change: Callable[[TkfacState], dict[str, Any]],
-) -> TkfacState:
-    if isinstance(interval, int) and interval == 1:
-        return state._replace(**change(state))
-    return _if(state.step % interval == 0, state, fields, lambda: change(state))
-
-
-def _if(
-    due: Array, state: TkfacState, fields: tuple[str, ...], change: Callable[[], dict[str, Any]]
-) -> TkfacState:
-    """The state with the fields that a function changes, if due. Other fields do not pass the conditional."""
-    kept = {field: getattr(state, field) for field in fields}
-    return state._replace(**jax.lax.cond(due, change, lambda: kept))
-
-
-def _spread(
-    curvature: Curvature, state: TkfacState, active: Any, inverse_interval: Any
-) -> TkfacState:
-    """Refreshes the share of the layers that is due, or at the first step all."""
-    of = num_shares(len(active), inverse_interval)
-    place, number = state.step % inverse_interval, share_at(state.step, inverse_interval, of)
-
-    def share_or_all() -> dict[str, Any]:
-        return jax.lax.cond(
-            state.step == 0,
-            lambda: curvature.refresh(state, active),
-            lambda: curvature.refresh_share(state, active, Share(number, of)),
-        )
-
-    due = place == first_step_of(number, inverse_interval, of)
-    return _if(due, state, REFRESHED, share_or_all)
+def with_fallback(
+    optimizer: optax.GradientTransformation, fallback: optax.GradientTransformation, layers: Layers
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer for the layers' parameters, and another for all else."""
+    # A gradient that is not finite must not reach the fallback's averages.
+    guarded = optax.apply_if_finite(fallback, max_consecutive_errors=2**31 - 1)
+    return optax.partition({"tkfac": optimizer, "fallback": guarded}, layers.labels)
 
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def _check_options(
-    layers: Any,
-    decay: Any,
-    fisher_interval: Any,
-    inverse_interval: Any,
-    averaging: Any,
-    norm_constraint: Any,
-) -> None:
+def check_options(layers: Any, decay: Any, averaging: Any = "moments") -> None:
+    """Refuses options of the factors that are wrong."""
     if not isinstance(layers, Layers):
         msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
         raise ValueError(msg)
-    for name, interval in (
-        ("fisher_interval", fisher_interval),
-        ("inverse_interval", inverse_interval),
-    ):
-        check_interval(name, interval)
-    _check_number("decay", decay, lambda value: 0 <= value < 1, "a number in [0, 1) or a function")
+    check_number("decay", decay, lambda value: 0 <= value < 1, "a number in [0, 1) or a function")
     if averaging not in ("factors", "moments"):
         msg = f'averaging={averaging!r}; expected "factors" or "moments".'
         raise ValueError(msg)
-    if norm_constraint is not None:
-        _check_number(
-            "norm_constraint", norm_constraint, lambda value: value > 0, "a positive number"
-        )
 
 
-def _check_devices(axis_name: Any, mesh: Any, shard_state: bool) -> None:
+def check_devices(axis_name: Any, mesh: Any, shard_state: bool) -> None:
+    """Refuses options of several devices that do not go together."""
     if axis_name is not None and mesh is not None:
         msg = (
             f"axis_name={axis_name!r} and a mesh are given; expected one of them: axis_name under jax.pmap and "
@@ -385,14 +304,7 @@ def _check_devices(axis_name: Any, mesh: Any, shard_state: bool) -> None:
         raise ValueError(msg)
 
 
-def check_interval(name: str, interval: Any) -> None:
-    """Refuses a number of steps that is not a whole number of at least 1."""
-    if isinstance(interval, float) or (isinstance(interval, int) and interval < 1):
-        msg = f"{name}={interval}; expected a whole number of steps, at least 1."
-        raise ValueError(msg)
-
-
-def _check_number(name: str, value: Any, allowed: Callable[[Any], bool], expected: str) -> None:
+def check_number(name: str, value: Any, allowed: Callable[[Any], bool], expected: str) -> None:
     """Checks numbers only: a traced scalar or a function has no value yet."""
     if isinstance(value, int | float) and not allowed(value):
         msg = f"{name}={value}; expected {expected}."
