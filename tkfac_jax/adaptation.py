@@ -132,6 +132,7 @@ class Adaptive(NamedTuple):
         statistics: Any = Missing,
         outputs_fn: Callable[[Any], Any] | None = None,
         targets: Any = None,
+        model_outputs_fn: Callable[[Any], Any] | None = None,
         refresh_inverses: bool | Share | None = None,
         position_mask: Any = None,
         example_weights: Any = None,
@@ -146,6 +147,7 @@ class Adaptive(NamedTuple):
         layers = self.curvature.layers
         objective = Objective(
             outputs_fn,
+            outputs_fn if model_outputs_fn is None else model_outputs_fn,
             self.likelihood,
             targets,
             Batch(position_mask, example_weights),
@@ -261,19 +263,16 @@ class Adaptive(NamedTuple):
             directions.append({n: leaf for n, leaf in others.items() if n not in names})
             given.append(1.0)
 
-        def along() -> tuple[Array, Quadratic, Quadratic]:
+        def along() -> tuple[Quadratic, Quadratic]:
             return objective.along(start.params, start.gradient, directions, state.damping)
 
         if None in given:
-            loss, damped, undamped = along()
+            damped, undamped = along()
             lengths = damped.minimum(given)
-            predict = lambda: (loss, undamped.value(lengths))  # noqa: E731
+            predict = lambda: undamped.value(lengths)  # noqa: E731
         else:
             lengths = jnp.stack([jnp.asarray(length, state.damping.dtype) for length in given])
-
-            def predict() -> tuple[Array, Array]:
-                loss, _, undamped = along()
-                return loss, undamped.value(lengths)
+            predict = lambda: along()[1].value(lengths)  # noqa: E731
 
         finite = jnp.isfinite(lengths).all()
         step = {
@@ -293,17 +292,19 @@ class Adaptive(NamedTuple):
         if self.policy.interval is None and not self.reject_steps:
             return _Verdict(never, state.ratio, state.damping)
 
-        def look() -> tuple[Array, ...]:
-            loss, predicted = proposal.predict()
+        # Outside the conditional it shares the forward pass of the gradient.
+        loss = objective.loss(start.params).astype(dtype)
+
+        def look() -> tuple[Array, Array]:
             after = objective.loss(proposal.end(start))
-            return loss.astype(dtype), predicted.astype(dtype), after.astype(dtype)
+            return proposal.predict().astype(dtype), after.astype(dtype)
 
         due = self.policy.is_due(state.curvature.step)
         if self.warmup_steps:
             due &= state.warmup_left == 0
         nan = jnp.full((), jnp.nan, dtype)
-        loss, predicted, after = (
-            look() if self.reject_steps else jax.lax.cond(due, look, lambda: (nan, nan, nan))
+        predicted, after = (
+            look() if self.reject_steps else jax.lax.cond(due, look, lambda: (nan, nan))
         )
         rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(loss)
         known = proposal.finite & jnp.isfinite(loss) & (jnp.abs(predicted) > rounding)
@@ -337,14 +338,14 @@ class _Proposal(NamedTuple):
       step: by name of a parameter, what is added to it.
       lengths: along the directions.
       finite: whether the lengths are.
-      predict: gives the loss before the step, and how the undamped model says it changes.
+      predict: how the undamped model says that the loss changes.
       counted: fields of the `TkfacState` that change.
     """
 
     step: dict[str, Array]
     lengths: Float[Array, " k"]
     finite: Array
-    predict: Callable[[], tuple[Array, Array]]
+    predict: Callable[[], Array]
     counted: dict[str, Any]
 
     def end(self, start: _Start) -> Any:

@@ -9,14 +9,26 @@ from jaxtyping import Array, Float
 from tkfac_jax.estimators import Batch, nll_of
 from tkfac_jax.layers import named_leaves, replace_leaves
 from tkfac_jax.meshes import mean_over
-from tkfac_jax.precondition import inner_product
+from tkfac_jax.precondition import inner_product, slope_along
 from tkfac_jax.quadratic import Quadratic, gauss_newton, symmetric
 
 
 class Objective(NamedTuple):
-    """The loss of the batch as a function of the parameters, with the layers' l2 term."""
+    """The loss of the batch as a function of the parameters, with the layers' l2 term.
+
+    Attributes:
+      outputs_fn: the outputs on the batch as a function of the parameters.
+      model_outputs_fn: those on its first examples, over which the Gauss-Newton matrix is taken.
+      likelihood: what the outputs mean.
+      targets: the targets of the batch.
+      batch: mask and weights of its examples.
+      l2: coefficient of the l2 term.
+      layer_parameters: names of the layers' parameters, which the l2 term is of.
+      axis_name: mapped axis over which losses and products are averaged.
+    """
 
     outputs_fn: Callable[[Any], Any]
+    model_outputs_fn: Callable[[Any], Any]
     likelihood: Any
     targets: Any
     batch: Batch
@@ -41,10 +53,10 @@ class Objective(NamedTuple):
 
     def along(
         self, params: Any, gradient: Any, directions: list[Mapping[str, Array]], damping: Array
-    ) -> tuple[Float[Array, ""], Quadratic, Quadratic]:
-        """The loss, and its change along directions: as the damped and as the undamped model have it."""
-        loss, matrix = gauss_newton(
-            self.outputs_fn,
+    ) -> tuple[Quadratic, Quadratic]:
+        """The change of the loss along directions, as the damped and as the undamped model have it."""
+        matrix = gauss_newton(
+            self.model_outputs_fn,
             self.likelihood,
             params,
             directions,
@@ -53,13 +65,10 @@ class Objective(NamedTuple):
             self.axis_name,
         )
         leaves = named_leaves(gradient)
-        slope = jnp.stack(
-            [inner_product(d, {name: leaves[name] for name in d}) for d in directions]
-        )
+        slope = jnp.stack([slope_along(d, {name: leaves[name] for name in d}) for d in directions])
         squares = self._squares(directions)
         undamped = Quadratic(matrix + self.l2 * squares, slope)
-        damped = Quadratic(undamped.matrix + damping * squares, slope)
-        return self._penalised(loss, params), damped, undamped
+        return Quadratic(undamped.matrix + damping * squares, slope), undamped
 
     def _squares(self, directions: list[Mapping[str, Array]]) -> Float[Array, "k k"]:
         """The products of pairs of directions; of those that are not of the layers 0."""

@@ -99,24 +99,33 @@ def precondition(
     return replace_leaves(gradients, steps), good
 
 
-def inner_product(steps: Any, others: Any) -> Float[Array, ""]:
-    """The sum of the products of two trees' entries, in at least float32.
+def inner_product(one: Any, other: Any) -> Float[Array, ""]:
+    """The sum of the products of two trees' entries, in at least float32."""
 
-    Where an entry of the first is 0 that of the second may be anything.
-    """
+    def product(one: Array, other: Array) -> Array:
+        wide = one.astype(jnp.promote_types(one.dtype, jnp.float32))
+        return jnp.sum(wide * other)
 
-    def product(step: Array, other: Array) -> Array:
-        wide = step.astype(jnp.promote_types(step.dtype, jnp.float32))
-        return jnp.sum(jnp.where(step == 0, 0, wide * other))
-
-    products = jax.tree.leaves(jax.tree.map(product, steps, others))
+    products = jax.tree.leaves(jax.tree.map(product, one, other))
     return sum(products, jnp.zeros((), jnp.float32))
+
+
+def slope_along(steps: Any, gradients: Any) -> Float[Array, ""]:
+    """The product of steps and gradients; where an entry of the step is 0 the gradient's may be anything."""
+    plain = inner_product(steps, gradients)
+
+    def masked() -> Array:
+        moved = jax.tree.map(lambda step, leaf: jnp.where(step == 0, 0, leaf), steps, gradients)
+        return inner_product(steps, moved)
+
+    # On a CPU the comparisons take several times as long as the products.
+    return jax.lax.cond(jnp.isfinite(plain), lambda: plain, masked)
 
 
 def _constrain(
     steps: dict[str, Array], gradients: Mapping[str, Any], bound: float | Array
 ) -> dict[str, Array]:
-    product = inner_product(steps, {name: gradients[name] for name in steps})
+    product = slope_along(steps, {name: gradients[name] for name in steps})
     positive = product > 0
     scale = jnp.where(positive, jnp.sqrt(bound / jnp.where(positive, product, 1)), 1)
     # Products of finite numbers can overflow, and cancel each other then.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tkfac_jax.estimators import Batch, nll_of, weighted
+from tkfac_jax.estimators import Batch, weighted
 from tkfac_jax.joint import fisher_product
 from tkfac_jax.layers import named_leaves, replace_leaves
 from tkfac_jax.meshes import mean_over
@@ -71,26 +71,30 @@ def gauss_newton(
     targets: Any,
     batch: Batch,
     axis_name: Any = None,
-) -> tuple[Float[Array, ""], Float[Array, "k k"]]:
-    """The loss, and the products of all pairs of directions through the Gauss-Newton matrix.
+) -> Float[Array, "k k"]:
+    """The products of all pairs of directions through the Gauss-Newton matrix.
 
     The matrix is `J^T F J`, the mean over the examples: `J` is the derivative of an example's outputs, `F` the Fisher
     of its likelihood.
 
     Args:
-      outputs_fn: the outputs as a function of the parameters.
+      outputs_fn: the outputs as a function of the parameters, for all examples of the batch or only for its first.
       likelihood: what the outputs mean.
       params: the parameters.
       directions: each a dictionary from names of parameters to arrays.
       targets: the data's targets.
       batch: mask and weights of the examples.
-      axis_name: mapped axis over which loss and products are averaged.
+      axis_name: mapped axis over which the products are averaged.
 
     Returns:
-      The mean loss of the examples, and the symmetric matrix of products, in at least float32.
+      The symmetric matrix of products, in at least float32.
+
+    Raises:
+      ValueError: there are more outputs than targets.
     """
     outputs, tangents = _push_forward(outputs_fn, params, directions)
     examples = jax.tree.leaves(outputs)[0].shape[0]
+    targets, batch = _first(examples, targets, batch)
     products = [
         weighted(fisher_product(likelihood, outputs, t, targets, batch.mask), batch.weights)
         for t in tangents
@@ -100,15 +104,32 @@ def gauss_newton(
         for j in range(len(products))
         for i in range(j + 1)
     }
-    loss = nll_of(likelihood, outputs, targets, batch).mean()
-    loss, entries = mean_over((loss, entries), axis_name)
-    return loss, symmetric(entries, len(directions))
+    return symmetric(mean_over(entries, axis_name), len(directions))
 
 
 def symmetric(entries: Mapping[tuple[int, int], Array], size: int) -> Float[Array, "k k"]:
     """A symmetric matrix from the entries of its upper triangle."""
     rows = [[entries[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
     return jnp.stack([jnp.stack(row) for row in rows])
+
+
+def _first(examples: int, targets: Any, batch: Batch) -> tuple[Any, Batch]:
+    """The targets, masks and weights of the first examples; weights such that their mean stays that of the batch."""
+    size = jax.tree.leaves(targets)[0].shape[0]
+    if examples > size:
+        msg = (
+            f"the outputs are of {examples} examples and the targets of {size}; expected at most so many outputs: of "
+            "the batch, or of its first examples."
+        )
+        raise ValueError(msg)
+    if examples == size:
+        return targets, batch
+    targets, mask = jax.tree.map(lambda leaf: leaf[:examples], (targets, batch.mask))
+    if batch.weights is None:
+        return targets, Batch(mask)
+    weights = batch.weights[:examples]
+    ratio = batch.weights.mean() / jnp.where(weights.sum() > 0, weights.mean(), 1)
+    return targets, Batch(mask, weights * ratio)
 
 
 def _push_forward(

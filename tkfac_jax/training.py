@@ -48,6 +48,7 @@ def make_train_step(
     has_aux: bool = False,
     spread_inverses: bool = False,
     axis_name: str | None = None,
+    model_args: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Builds a training step that compiles one program for each kind of step.
 
@@ -74,6 +75,8 @@ def make_train_step(
         longer than others; the first step refreshes all. The optimizer's own option is not used.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
+      model_args: for `adaptive_tkfac`: from the arguments of `predict` to those with only the first examples of the
+        batch, such as `lambda images: (images[:125],)`, over which its quadratic model is then taken.
 
     Returns:
       `step(params, opt_state, *args, targets, key=None, position_mask=None, example_weights=None)`, which returns
@@ -102,9 +105,6 @@ def make_train_step(
 
     likelihood = as_likelihood(likelihood)
 
-    def outputs_of(predicted: Any) -> Any:
-        return predicted[0] if has_aux else predicted
-
     def without_fisher(
         params: Any, *args: Any, targets: Any, key: Any, position_mask: Any, example_weights: Any
     ) -> Any:
@@ -113,7 +113,9 @@ def make_train_step(
 
         def loss_fn(params: Any) -> Any:
             predicted = predict(params, *args)
-            return nll_of(likelihood, outputs_of(predicted), targets, batch).mean(), predicted
+            return nll_of(
+                likelihood, _outputs(predicted, has_aux), targets, batch
+            ).mean(), predicted
 
         (loss, predicted), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return (loss, predicted), gradient, None
@@ -134,8 +136,9 @@ def make_train_step(
                 statistics=statistics,
                 refresh_inverses=_which(refresh, opt_state, inverse_interval, num),
                 # What only adaptive_tkfac looks at.
-                outputs_fn=lambda params: outputs_of(predict(params, *args)),
+                outputs_fn=_outputs_fn(predict, has_aux, args),
                 targets=data["targets"],
+                model_outputs_fn=_outputs_fn(predict, has_aux, args, model_args),
                 position_mask=data["position_mask"],
                 example_weights=data["example_weights"],
             )
@@ -178,6 +181,21 @@ def make_train_step(
         return params, opt_state, metrics
 
     return step
+
+
+def _outputs(predicted: Any, has_aux: bool) -> Any:
+    return predicted[0] if has_aux else predicted
+
+
+def _outputs_fn(
+    predict: Callable[..., Any],
+    has_aux: bool,
+    args: tuple[Any, ...],
+    part: Callable[..., tuple[Any, ...]] | None = None,
+) -> Callable[[Any], Any]:
+    """The outputs as a function of the parameters, on all of the batch or on a part of it."""
+    chosen = args if part is None else part(*args)
+    return lambda params: _outputs(predict(params, *chosen), has_aux)
 
 
 def _kind_of(
