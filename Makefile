@@ -2,10 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+PEERS := .venv-peers
 INSTALLED := $(VENV)/installed
 
 # Threads of the LAPACK library would compete with XLA's own.
 export OPENBLAS_NUM_THREADS ?= 1
+
+# What `make peers` installs kfac-jax from, a URL or a directory: its last release, 0.0.8, runs only with JAX 0.8.3.
+KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
 
 # What runs on the oldest and the newest releases: the tests that meet the most of the APIs of JAX, Flax and Optax.
 RELEASE_TESTS := \
@@ -23,7 +27,7 @@ NEWEST_PYTHON ?= $(shell \
     done; \
   done | sort -k1,1n -k2,2n -k3,3n | tail -n 1 | cut -d ' ' -f 4)
 
-.PHONY: demo test test-oldest test-newest lint clean
+.PHONY: demo test test-oldest test-newest peers lint clean
 
 # Trains a small network on scikit-learn's digits with five optimizers.
 demo: $(INSTALLED)
@@ -47,6 +51,15 @@ test-newest:
 .PHONY: run-newest
 run-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses=2 --dist=worksteal $(RELEASE_TESTS)
+
+# An environment in which the benchmarks have kfac-jax to compare with: $(PEERS)/bin/python -m benchmarks...
+peers: $(PEERS)/installed
+
+$(PEERS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS)/bin/python -m pip install --quiet --editable '.[test]' '$(KFAC_JAX)'
+	touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -72,4 +85,4 @@ $(NEWEST)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) results .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PEERS) results .pytest_cache .ruff_cache

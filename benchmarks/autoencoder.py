@@ -2,6 +2,9 @@
 
     python -m benchmarks.autoencoder --data-dir DIR [--epochs 12] [--out-dir results/autoencoder]
 
+With `--methods Adam TKFAC "TKFAC adaptive" "kfac-jax adaptive" --tuning-epochs 2 --turn 20 --averaging 0.95` it
+measures what needs no learning rate; kfac-jax wants the environment that `make peers` makes.
+
 784-1000-500-250-30-250-500-1000-784, ReLU, binary cross-entropy summed over pixels, batches of 500.
 First each method tries five settings for `--tuning-epochs`; then all methods run at their best
 setting, in turns of one epoch. Runs that are stopped go on where they were when the command is given again.
@@ -26,8 +29,9 @@ import numpy as np
 import optax
 
 import tkfac_jax as tkfac
-from benchmarks.figures import plot_curves, results_table, tuning_table
+from benchmarks.figures import goals_table, plot_curves, results_table, tuning_table
 from benchmarks.mnist import load_images
+from benchmarks.peers import has_kfac_jax, kfac_jax_adaptive
 from benchmarks.runner import Method, Problem, Run, best_of, environment, race
 
 WIDTHS = (1000, 500, 250, 30, 250, 500, 1000)
@@ -36,6 +40,11 @@ BATCH_SIZE = 500
 EVALUATION_BATCH = 5000
 INTERVAL = 20
 GOAL = 61.0
+GOALS = (61.3, 60.0, 58.0)
+# Of the adaptive methods: the first damping and its lower bound.
+DAMPINGS = ((150.0, 1e-2), (150.0, 1e-3), (10.0, 1e-2), (1.0, 1e-2), (1.0, 1e-3))
+# Examples of a batch over which the adaptive method's quadratic model is taken.
+MODEL_EXAMPLES = 125
 
 
 class Autoencoder(nn.Module):
@@ -119,6 +128,25 @@ def second_order(
     ]
 
 
+def adaptive(initial_damping: float, min_damping: float) -> Method:
+    """TKFAC with everything adaptive."""
+    return Method(
+        "TKFAC adaptive",
+        f"initial damping {initial_damping:g}, at least {min_damping:g}, intervals 10 and 20",
+        lambda layers: tkfac.adaptive_tkfac(
+            layers,
+            tkfac.Bernoulli(),
+            initial_damping=initial_damping,
+            min_damping=min_damping,
+            decay=0.7,
+        ),
+        10,
+        inverse_interval=20,
+        model_args=lambda state, images: (state, images[:MODEL_EXAMPLES]),
+        programs=11,
+    )
+
+
 def trials() -> dict[str, list[Method]]:
     """Five settings of each method."""
     settings = (
@@ -137,6 +165,10 @@ def trials() -> dict[str, list[Method]]:
         "Adam": first_order("Adam", optax.adam, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
         "KFAC": second_order("KFAC", tkfac.kfac, tkfac.independent, settings),
         "TKFAC": second_order("TKFAC", tkfac.tkfac, tkfac.trace_restricted, settings),
+        "TKFAC adaptive": [adaptive(*dampings) for dampings in DAMPINGS],
+        "kfac-jax adaptive": [
+            kfac_jax_adaptive(initial_damping=first, min_damping=least) for first, least in DAMPINGS
+        ],
     }
 
 
@@ -148,7 +180,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12, help="epochs of the final runs")
     parser.add_argument("--tuning-epochs", type=int, default=5, help="epochs of each trial")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
-    parser.add_argument("--methods", nargs="*", choices=list(trials()), default=list(trials()))
+    parser.add_argument("--methods", nargs="*", choices=list(trials()), default=list(trials())[:4])
+    parser.add_argument("--turn", type=int, help="steps between evaluations; an epoch if not given")
+    parser.add_argument(
+        "--averaging",
+        type=float,
+        help="weight of the past in averages of the parameters, such as 0.95",
+    )
+    parser.add_argument("--goals", type=float, nargs="+", default=GOALS, help="training losses")
     parser.add_argument(
         "--widths", type=int, nargs="+", default=WIDTHS, help="of the hidden layers"
     )
@@ -157,6 +196,8 @@ def main() -> None:
     problem = autoencoder_problem(options.data_dir, options.seed, tuple(options.widths))
     epoch = len(problem.inputs) // BATCH_SIZE
     options.out_dir.mkdir(parents=True, exist_ok=True)
+    if "kfac-jax adaptive" in options.methods and not has_kfac_jax():
+        options.methods.remove("kfac-jax adaptive")
     tuning, best = {}, []
     for name in options.methods:
         method, tuning[name] = best_of(
@@ -172,10 +213,16 @@ def main() -> None:
 
     checkpoints = options.out_dir / f"checkpoints-seed-{options.seed}"
     checkpoints.mkdir(exist_ok=True)
-    runs = [Run(problem, method, options.seed, checkpoints) for method in best]
-    race(runs, options.epochs * epoch, epoch, "autoencoder")
+    runs = [
+        Run(problem, method, options.seed, checkpoints, averaging=options.averaging)
+        for method in best
+    ]
+    race(runs, options.epochs * epoch, options.turn or epoch, "autoencoder")
     records = [run.record() for run in runs]
     print(results_table(records, GOAL, ".2f"))
+    print(
+        goals_table(records, options.goals, {"train_loss": "", "averaged_train_loss": ", averaged"})
+    )
 
     results = {
         "environment": environment(),

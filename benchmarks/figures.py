@@ -66,9 +66,42 @@ def results_table(records: Sequence[dict[str, Any]], goal: float, form: str) -> 
     return table(rows)
 
 
-def steps_to_reach(record: dict[str, Any], loss: float) -> int | None:
-    """The first evaluated step at which the training loss is at most `loss`; None if it never is."""
-    return next((p["step"] for p in record["curve"] if p["train_loss"] <= loss), None)
+def steps_to_reach(record: dict[str, Any], loss: float, figure: str = "train_loss") -> int | None:
+    """The first evaluated step at which a figure is at most `loss`; None if it never is."""
+    return next((p["step"] for p in record["curve"] if p[figure] <= loss), None)
+
+
+def goals_table(
+    records: Sequence[dict[str, Any]], goals: Sequence[float], figures: Mapping[str, str]
+) -> str:
+    """Steps and seconds of every run until each of some figures was first at most each of some goals.
+
+    Args:
+      records: the runs, as `Run.record` gives them.
+      goals: the goals.
+      figures: from a key of the curves' points to what is said of it behind the method's name.
+    """
+    head = ("method", "settings", "ms per step", *(f"to {goal:g}" for goal in goals))
+    rows: list[tuple[str, ...]] = [head]
+    for record in records:
+        for figure, said in figures.items():
+            if figure not in record["curve"][-1]:
+                continue
+            reached = [
+                next((p for p in record["curve"] if p[figure] <= goal), None) for goal in goals
+            ]
+            rows.append(
+                (
+                    record["method"] + said,
+                    record["settings"],
+                    f"{record['median_step_ms']:.3g}",
+                    *(
+                        "not reached" if p is None else f"{p['step']} steps, {p['seconds']:.3g} s"
+                        for p in reached
+                    ),
+                )
+            )
+    return table(rows)
 
 
 def plot_curves(

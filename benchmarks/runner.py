@@ -5,6 +5,7 @@ to all. What they have reached is written after each turn: the curve, and a chec
 """
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -63,6 +64,12 @@ class Method:
       build: from the layers to the optimizer.
       interval: steps between new statistics and inverses; None for a first-order method.
       rule: the rule of the statistics.
+      inverse_interval: steps between new inverses, where that is another number.
+      estimator: the Fisher of the statistics.
+      model_args: see `tkfac.make_train_step`.
+      make_step: from problem and optimizer to a training step
+        `(params, opt_state, model_state), inputs, targets, key -> the same three`; None: what the intervals say.
+      programs: number of steps after which every program has been compiled.
     """
 
     name: str
@@ -70,6 +77,11 @@ class Method:
     build: Callable[[tkfac.Layers], Any]
     interval: int | None = None
     rule: Any = tkfac.trace_restricted
+    inverse_interval: int | None = None
+    estimator: Any = "sampled"
+    model_args: Callable[..., tuple[Any, ...]] | None = None
+    make_step: Callable[..., Callable[..., Any]] | None = None
+    programs: int = 2
 
     @property
     def slug(self) -> str:
@@ -80,22 +92,40 @@ class Method:
 class Run:
     """One method on its way: where it is, how long it took and what it reached."""
 
-    def __init__(self, problem: Problem, method: Method, seed: int, folder: Path | None = None):
-        """Starts a run, or resumes the one whose checkpoint lies in the folder."""
+    def __init__(
+        self,
+        problem: Problem,
+        method: Method,
+        seed: int,
+        folder: Path | None = None,
+        *,
+        averaging: float | None = None,
+    ):
+        """Starts a run, or resumes the one whose checkpoint lies in the folder.
+
+        With `averaging`, the weight of the past in a moving average of the parameters, what the average reaches is
+        evaluated as well: figures `averaged_...`.
+        """
         self.problem, self.method, self.seed = problem, method, seed
         self.checkpoint = folder and folder / f"{method.slug}.msgpack"
         self.layers = problem.find_layers()
         optimizer = method.build(self.layers)
-        self.train_step = _make_step(problem, method, optimizer, self.layers)
+        self.train_step = (
+            _make_step(problem, method, optimizer, self.layers)
+            if method.make_step is None
+            else method.make_step(problem, optimizer)
+        )
         params = jax.tree.map(jnp.array, problem.params)
         # One program: operation by operation, init takes seconds to compile.
         self.trees = (params, jax.jit(optimizer.init)(params), problem.model_state)
         self.step, self.seconds, self.step_ms = 0, 0.0, []
-        self.curve = [{"step": 0, "seconds": 0.0, **problem.evaluate(params, problem.model_state)}]
+        self.averaging = averaging
+        self.average = None if averaging is None else jax.tree.map(jnp.array, params)
+        self.curve = [{"step": 0, "seconds": 0.0, **self._evaluate()}]
         self.order: tuple[int, Any] = (-1, None)
-        self._compile()
+        structure = self._compile()
         if self.checkpoint and self.checkpoint.exists():
-            self._restore(self.checkpoint)
+            self._restore(self.checkpoint, structure)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,14 +145,15 @@ class Run:
         for i, (inputs, targets) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(self.seed), self.step + i)
             self.trees = self.train_step(self.trees, inputs, targets, key)
-        jax.block_until_ready(self.trees)
+            if self.averaging is not None:
+                weight = max(1 - self.averaging, 1 / (self.step + i + 1))
+                self.average = _moved(self.average, self.trees[0], weight)
+        jax.block_until_ready((self.trees, self.average))
         elapsed = time.perf_counter() - started
         self.step += steps
         self.seconds += elapsed
         self.step_ms.append(1e3 * elapsed / steps)
-        params, _, model_state = self.trees
-        figures = self.problem.evaluate(params, model_state)
-        self.curve.append({"step": self.step, "seconds": self.seconds, **figures})
+        self.curve.append({"step": self.step, "seconds": self.seconds, **self._evaluate()})
         if self.checkpoint:
             self._save(self.checkpoint)
 
@@ -135,6 +166,14 @@ class Run:
             "curve": self.curve,
         }
 
+    def _evaluate(self) -> dict[str, float]:
+        params, _, model_state = self.trees
+        figures = self.problem.evaluate(params, model_state)
+        if self.averaging is None:
+            return figures
+        averaged = self.problem.evaluate(self.average, model_state)
+        return figures | {f"averaged_{name}": value for name, value in averaged.items()}
+
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self.order[0] != epoch:
@@ -146,12 +185,15 @@ class Run:
         chosen = self.order[1][place * size : (place + 1) * size]
         return self.problem.inputs[chosen], self.problem.targets[chosen]
 
-    def _compile(self) -> None:
-        """Makes two steps on a copy, the first with new inverses and the second plain, to compile both."""
+    def _compile(self) -> Any:
+        """Makes a few steps on a copy, which compiles every program before time is taken; returns its structure."""
         trees = jax.tree.map(jnp.array, self.trees)
-        for _ in range(2):
+        for _ in range(self.method.programs):
             trees = self.train_step(trees, *self._batch(0), jax.random.key(0))
+        if self.averaging is not None:
+            jax.block_until_ready(_moved(jax.tree.map(jnp.array, self.average), trees[0], 1.0))
         jax.block_until_ready(trees)
+        return jax.tree.structure((trees, self.average))
 
     def _save(self, path: Path) -> None:
         facts = {
@@ -160,18 +202,26 @@ class Run:
             "step_ms": self.step_ms,
             "curve": self.curve,
         }
-        state = {"trees": flax.serialization.to_state_dict(self.trees), "facts": json.dumps(facts)}
+        # Only the leaves: not every optimizer's state is of types that Flax knows how to take apart.
+        leaves = jax.tree.leaves((self.trees, self.average))
+        state = {"leaves": leaves, "facts": json.dumps(facts)}
         partial = path.with_suffix(".partial")
         partial.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(state)))
         partial.replace(path)
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path, structure: Any) -> None:
         state: Any = flax.serialization.msgpack_restore(path.read_bytes())
-        trees = flax.serialization.from_state_dict(self.trees, state["trees"])
-        self.trees = jax.tree.map(jnp.asarray, trees)
+        leaves = map(jnp.asarray, state["leaves"])
+        self.trees, self.average = jax.tree.unflatten(structure, leaves)
         facts = json.loads(state["facts"])
         self.step, self.seconds = facts["step"], facts["seconds"]
         self.step_ms, self.curve = facts["step_ms"], facts["curve"]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _moved(average: Any, params: Any, weight: float) -> Any:
+    """The average moved towards the parameters."""
+    return optax.incremental_update(params, average, weight)
 
 
 def _make_step(
@@ -185,9 +235,11 @@ def _make_step(
             optimizer,
             layers=layers,
             fisher_interval=method.interval,
-            inverse_interval=method.interval,
+            inverse_interval=method.inverse_interval or method.interval,
+            estimator=method.estimator,
             rule=method.rule,
             has_aux=True,
+            model_args=method.model_args,
         )
     else:
 
