@@ -5,6 +5,7 @@ import optax
 import pytest
 
 import tkfac_jax as tkfac
+from tkfac_jax.joint import as_likelihood, fisher_product
 
 LIKELIHOODS = [tkfac.Categorical(), tkfac.Bernoulli(), tkfac.Normal(0.7)]
 
@@ -164,3 +165,59 @@ def test_categorical_is_the_cross_entropy_of_optax():
         jax.grad(lambda logits, i=i: losses(logits)[i][:6].sum())(logits) for i in range(2)
     )
     np.testing.assert_allclose(received, expected, rtol=1e-12, atol=1e-15)
+
+
+class Vectors:
+    """A likelihood that says its Fisher only by vectors."""
+
+    def __init__(self, likelihood):
+        self.nll, self.sample = likelihood.nll, likelihood.sample
+        self.num_fisher_vectors = likelihood.num_fisher_vectors
+        self.fisher_vector = likelihood.fisher_vector
+
+
+class Losses:
+    """A likelihood that says nothing of its Fisher."""
+
+    def __init__(self, likelihood):
+        self.nll, self.sample = likelihood.nll, likelihood.sample
+
+
+@pytest.mark.parametrize("kind", [lambda likelihood: likelihood, Vectors, Losses])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        *LIKELIHOODS,
+        tkfac.Categorical(average_positions=True),
+        tkfac.Bernoulli(average_positions=True),
+    ],
+    ids=str,
+)
+def test_fisher_products_equal_those_of_the_dense_fisher(likelihood, masked, kind, keys):
+    outputs, tangents = (jax.random.normal(next(keys), (2, 3, 2)) for _ in range(2))
+    targets = likelihood.sample(next(keys), outputs)
+    mask = jnp.arange(targets.size).reshape(targets.shape) % 4 > 0 if masked else None
+    options = {} if mask is None else {"mask": mask}
+
+    # All three have natural parameters for outputs: the Fisher is the Hessian, of any targets.
+    def nll(flat):
+        return likelihood.nll(flat.reshape(outputs.shape), targets, **options).sum()
+
+    fisher = np.asarray(jax.hessian(nll)(outputs.ravel()))
+    expected = (fisher @ np.asarray(tangents).ravel()).reshape(outputs.shape)
+    received = fisher_product(kind(likelihood), outputs, tangents, targets, mask)
+    np.testing.assert_allclose(received, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_fisher_products_of_a_joint_likelihood_are_each_its_own(keys):
+    likelihoods = {"a": tkfac.Normal(0.5), "b": tkfac.Bernoulli()}
+    outputs, tangents = (
+        {name: jax.random.normal(next(keys), (2, 3)) for name in "ab"} for _ in range(2)
+    )
+    targets = {name: jnp.zeros((2, 3)) for name in "ab"}
+    mask = {"b": jnp.arange(6).reshape(2, 3) < 5}
+    received = fisher_product(as_likelihood(likelihoods), outputs, tangents, targets, mask)
+    np.testing.assert_allclose(received["a"], tangents["a"] / 0.5, rtol=1e-12)
+    p = jax.nn.sigmoid(outputs["b"])
+    np.testing.assert_allclose(received["b"], p * (1 - p) * tangents["b"] * mask["b"], rtol=1e-12)

@@ -268,7 +268,9 @@ class Adaptive(NamedTuple):
 
         if None in given:
             damped, undamped = along()
-            lengths = damped.minimum(given)
+            # A model that is not finite has its minimum nowhere.
+            nowhere = 0 * (damped.matrix.sum() + damped.slope.sum())
+            lengths = damped.minimum(given) + nowhere
             predict = lambda: undamped.value(lengths)  # noqa: E731
         else:
             lengths = jnp.stack([jnp.asarray(length, state.damping.dtype) for length in given])
