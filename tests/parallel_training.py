@@ -45,8 +45,13 @@ def problem():
     return predict, params, inputs, targets, layers
 
 
-def optimizer_for(layers, **options):
-    return tkfac.tkfac(0.1, layers, damping=0.05, fisher_interval=2, inverse_interval=3, **options)
+def optimizer_for(layers, adaptive=False, **options):
+    options |= {"fisher_interval": 2, "inverse_interval": 3}
+    if adaptive:
+        return tkfac.adaptive_tkfac(
+            layers, LIKELIHOOD, initial_damping=0.05, damping_interval=2, l2=0.01, **options
+        )
+    return tkfac.tkfac(0.1, layers, damping=0.05, **options)
 
 
 def step_of(predict, layers, optimizer, axis_name=None):
@@ -61,7 +66,13 @@ def step_of(predict, layers, optimizer, axis_name=None):
         if axis_name is not None:
             loss, grads = mean_of_gradients(loss, grads, axis_name)
         updates, state = optimizer.update(
-            grads, state, params, statistics=lambda: fisher(params, inputs)
+            grads,
+            state,
+            params,
+            statistics=lambda: fisher(params, inputs),
+            # What only the adaptive optimizer looks at.
+            outputs_fn=lambda params: predict(params, inputs),
+            targets=targets,
         )
         return optax.apply_updates(params, updates), state, loss
 
@@ -82,16 +93,16 @@ def train(step, params, state, inputs, targets):
     return params, state, loss
 
 
-def on_one_device():
+def on_one_device(adaptive=False):
     predict, params, inputs, targets, layers = problem()
-    optimizer = optimizer_for(layers)
+    optimizer = optimizer_for(layers, adaptive)
     step = jax.jit(step_of(predict, layers, optimizer))
     return train(step, params, optimizer.init(params), inputs, targets)
 
 
-def under_pmap(devices):
+def under_pmap(devices, adaptive=False):
     predict, params, inputs, targets, layers = problem()
-    optimizer = optimizer_for(layers, axis_name=AXIS)
+    optimizer = optimizer_for(layers, adaptive, axis_name=AXIS)
     step = jax.pmap(
         step_of(predict, layers, optimizer, AXIS),
         axis_name=AXIS,
@@ -103,9 +114,9 @@ def under_pmap(devices):
     return train(step, params, optimizer.init(params), *divided)
 
 
-def under_shard_map(devices, check_vma):
+def under_shard_map(devices, check_vma, adaptive=False):
     predict, params, inputs, targets, layers = problem()
-    optimizer = optimizer_for(layers, axis_name=AXIS)
+    optimizer = optimizer_for(layers, adaptive, axis_name=AXIS)
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
     whole, divided = PartitionSpec(), PartitionSpec(AXIS)
     step = jax.jit(
@@ -120,9 +131,9 @@ def under_shard_map(devices, check_vma):
     return train(step, params, optimizer.init(params), inputs, targets)
 
 
-def under_jit(over, **options):
+def under_jit(over, adaptive=False, **options):
     predict, params, inputs, targets, layers = problem()
-    optimizer = optimizer_for(layers, **options)
+    optimizer = optimizer_for(layers, adaptive, **options)
     whole = NamedSharding(over, PartitionSpec())
     shardings = whole
     if options:

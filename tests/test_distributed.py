@@ -22,8 +22,8 @@ DEVICES = 4
 
 
 @functools.cache
-def expected():
-    return jax.device_get(training.on_one_device())
+def expected(adaptive=False):
+    return jax.device_get(training.on_one_device(adaptive))
 
 
 def assert_same(received, expected):
@@ -39,13 +39,28 @@ def mesh_of(kind, devices=DEVICES):
     return jax.make_mesh((devices,), (training.AXIS,), axis_types=(kind,))
 
 
-def test_pmap():
-    assert_same(training.under_pmap(DEVICES), expected())
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_pmap(adaptive):
+    assert_same(training.under_pmap(DEVICES, adaptive), expected(adaptive))
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map(check_vma):
-    assert_same(training.under_shard_map(DEVICES, check_vma), expected())
+def test_shard_map(check_vma, adaptive):
+    assert_same(training.under_shard_map(DEVICES, check_vma, adaptive), expected(adaptive))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("how", ["plain", "sharded"])
+def test_the_adaptive_optimizer_over_a_mesh(kind, how, monkeypatch):
+    monkeypatch.setattr(meshes, "SMALLEST_DIVIDED", 8)
+    mesh = mesh_of(kind)
+    options = {} if how == "plain" else {"mesh": mesh, "shard_state": True}
+    params, state, loss = training.under_jit(mesh, True, **options)
+    wanted_params, wanted_state, wanted_loss = expected(True)
+    assert_same((params, loss), (wanted_params, wanted_loss))
+    for field in ("damping", "learning_rate", "momentum", "ratio", "previous"):
+        assert_same(getattr(state, field), getattr(wanted_state, field))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -183,7 +183,11 @@ class Curvature(NamedTuple):
             raise ValueError(msg)
 
         def averaged(
-            statistics: Statistics, factors: dict[str, KroneckerFactors], step: Array, weight: Array
+            statistics: Statistics,
+            factors: dict[str, KroneckerFactors],
+            step: Array,
+            weight: Array,
+            numbers: list[Any],
         ) -> tuple[dict[str, KroneckerFactors], dict[str, Array]]:
             new = {
                 name: kronecker_factors(
@@ -193,7 +197,7 @@ class Curvature(NamedTuple):
             }
             old = self.storage.load_factors(factors, active)
             if self.averaging == "factors":
-                damped = self.damping.damp(new, active, step)
+                damped = damping_of(numbers).damp(new, active, step)
                 stored = self.storage.store_factors(average_factors(old, damped, weight))
             else:
                 stored = self.storage.store_factors(average_moments(old, new, weight))
@@ -204,12 +208,14 @@ class Curvature(NamedTuple):
             return kept, good
 
         weight = decay_at(self.decay, state.factor_updates)
+        numbers, damping_of = _arrays_apart(self.damping)
         factors, good = automatic(
             averaged,
             statistics,
             state.factors,
             state.step,
             weight,
+            numbers,
             out=(specs_of(state.factors), PartitionSpec()),
         )
         accepted = _all(good)
@@ -239,22 +245,27 @@ class Curvature(NamedTuple):
         names = list(active) if names is None else names
 
         def inverted(
-            factors: dict[str, KroneckerFactors], old: dict[str, KroneckerInverses], step: Array
+            factors: dict[str, KroneckerFactors],
+            old: dict[str, KroneckerInverses],
+            step: Array,
+            numbers: list[Any],
         ) -> tuple[dict[str, KroneckerInverses], dict[str, Array]]:
             damped = self.storage.load_factors(factors, active)
             if self.averaging == "moments":
-                damped = self.damping.damp(damped, active, step)
+                damped = damping_of(numbers).damp(damped, active, step)
             old = {name: inverses_in_shape(active[name], inverse) for name, inverse in old.items()}
             devices = Devices(self.axis_name, self.storage.mesh, self.storage.divided)
             new, failures = invert_factors(damped, old, active, self.inverse, devices)
             return self.storage.store_inverses(new), failures
 
         chosen = {name: state.inverses[name] for name in names}
+        numbers, damping_of = _arrays_apart(self.damping)
         inverses, failures = automatic(
             inverted,
             state.factors,
             chosen,
             state.step,
+            numbers,
             out=(specs_of(chosen), PartitionSpec()),
         )
         refreshed = {
@@ -315,6 +326,18 @@ def _cost_of_inverses(spec: LayerSpec) -> int:
         else structure.num_blocks * structure.block**3
         for structure in (spec.phi, spec.psi)
     )
+
+
+def _arrays_apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays in a tree, and what puts others in their place: under `automatic` none may be closed over."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def with_arrays(arrays: list[Any]) -> Any:
+        new = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in places], with_arrays
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:
