@@ -72,7 +72,11 @@ def steps_to_reach(record: dict[str, Any], loss: float, figure: str = "train_los
 
 
 def goals_table(
-    records: Sequence[dict[str, Any]], goals: Sequence[float], figures: Mapping[str, str]
+    records: Sequence[dict[str, Any]],
+    goals: Sequence[float],
+    figures: Mapping[str, str],
+    *,
+    lowest: bool = False,
 ) -> str:
     """Steps and seconds of every run until each of some figures was first at most each of some goals.
 
@@ -80,8 +84,10 @@ def goals_table(
       records: the runs, as `Run.record` gives them.
       goals: the goals.
       figures: from a key of the curves' points to what is said of it behind the method's name.
+      lowest: whether a last column has the lowest that was reached.
     """
     head = ("method", "settings", "ms per step", *(f"to {goal:g}" for goal in goals))
+    head += ("lowest",) if lowest else ()
     rows: list[tuple[str, ...]] = [head]
     for record in records:
         for figure, said in figures.items():
@@ -99,6 +105,7 @@ def goals_table(
                         "not reached" if p is None else f"{p['step']} steps, {p['seconds']:.3g} s"
                         for p in reached
                     ),
+                    *([f"{min(p[figure] for p in record['curve']):.2g}"] if lowest else []),
                 )
             )
     return table(rows)

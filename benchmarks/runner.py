@@ -282,6 +282,20 @@ def race(runs: Sequence[Run], steps: int, turn: int, title: str) -> None:
                     bar.set_postfix_str(f"{run.method.name} {run.loss:.4g}")
 
 
+def race_for(runs: Sequence[Run], seconds: float, turn: int, title: str) -> None:
+    """Advances all runs for a number of seconds each, in turns of about equal seconds, with a progress bar."""
+    slice_ = seconds / 20
+    with tqdm(total=round(seconds * len(runs)), desc=title, unit="s", mininterval=1) as bar:
+        while any(run.seconds < seconds for run in runs):
+            for run in runs:
+                started = run.seconds
+                until = min(seconds, started + slice_)
+                while run.seconds < until:
+                    run.advance(turn)
+                bar.update(round(run.seconds - started))
+                bar.set_postfix_str(f"{run.method.name} {run.loss:.4g}")
+
+
 def best_of(
     problem: Problem, trials: Sequence[Method], steps: int, turn: int, seed: int, folder: Path
 ) -> tuple[Method, list[dict[str, Any]]]:

@@ -4,11 +4,14 @@ import struct
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, digits, gpt, mnist, nnx_digits
-from benchmarks.figures import steps_to_reach, table, tuning_table
+import tkfac_jax as tkfac
+from benchmarks import autoencoder, contest, diabetes, digits, gpt, mnist, nnx_digits, physics
+from benchmarks.figures import goals_table, steps_to_reach, table, tuning_table
+from benchmarks.peers import has_kfac_jax, kfac_jax_adaptive
 from benchmarks.runner import Run, best_of, race
 
 
@@ -257,3 +260,115 @@ def test_nnx_layers_and_running_averages():
         jax.tree.leaves(problem.model_state), jax.tree.leaves(run.trees[2]), strict=True
     ):
         assert not np.array_equal(before, after)
+
+
+@pytest.fixture
+def small_contest(monkeypatch):
+    """Two methods, one setting each, where kfac-jax need not be installed."""
+    monkeypatch.setattr(contest, "DAMPINGS", (0.1,))
+    monkeypatch.setattr(contest, "MEMORIES", (5,))
+    monkeypatch.setattr(contest, "RATES", (0.01,))
+    monkeypatch.setattr(contest, "has_kfac_jax", lambda: False)
+
+
+def test_jets_carry_first_derivatives_and_laplacian():
+    model = physics.Jets(widths=(5, 4))
+    points = jax.random.normal(jax.random.key(0), (3, 3), jnp.float64)
+    params = model.init(jax.random.key(1), points)["params"]
+    value = lambda z: model.apply({"params": params}, z[None])[0, 0]  # noqa: E731
+    rows = model.apply({"params": params}, points)
+    np.testing.assert_allclose(rows[:, 1:4], jax.vmap(jax.grad(value))(points), rtol=1e-10)
+    hessians = jax.vmap(jax.hessian(value))(points)
+    expected = np.trace(hessians[:, :2, :2], axis1=1, axis2=2)
+    np.testing.assert_allclose(rows[:, 4], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", physics.EQUATIONS)
+def test_exact_solutions_fulfil_their_equations(name):
+    """With the exact solution's own derivatives for a network all residuals and errors are 0."""
+    equation = physics.EQUATIONS[name]
+    inputs, targets = physics.collocation(equation, 0)
+    points, inside, weights = inputs[:, :-2], inputs[:, -2], inputs[:, -1]
+    step = 1e-4
+
+    def rows_of(points):
+        moved = lambda axis, by: equation.solution(points + by * np.eye(points.shape[1])[axis])  # noqa: E731
+        value = equation.solution(points)
+        slopes = [
+            (moved(axis, step) - moved(axis, -step)) / (2 * step) for axis in range(points.shape[1])
+        ]
+        bends = [(moved(a, step) - 2 * value + moved(a, -step)) / step**2 for a in range(2)]
+        return np.stack([value, *slopes, sum(bends)], axis=1)
+
+    rows = rows_of(points)
+    outputs = weights * np.where(inside > 0, equation.operator(rows), rows[:, 0])
+    # Second differences of a step of 1e-4 are good to about 1e-6.
+    np.testing.assert_allclose(outputs, targets[:, 0], atol=1e-4)
+
+
+def test_the_diabetes_command(small_contest, tmp_path, monkeypatch, capsys):
+    arguments = ["--seconds", "0.2", "--turn", "5", "--out-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["diabetes", *arguments])
+    diabetes.main()
+    results = json.loads((tmp_path / "diabetes.json").read_text())
+    assert [run["method"] for run in results["runs"]] == ["TKFAC adaptive", "L-BFGS", "Adam"]
+    for run in results["runs"]:
+        assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]
+        assert run["curve"][-1]["test_error"] > 0
+    printed = capsys.readouterr().out
+    assert "steps and seconds to a training loss" in printed
+    assert "lowest test error" in printed
+
+
+def test_the_physics_problem_is_solved(small_contest):
+    problem = physics.physics_problem("poisson", 0, (16,))
+    run = Run(problem, contest.trials(problem.likelihood)["TKFAC adaptive"][0], 0)
+    run.advance(30)
+    assert run.curve[-1]["error"] < 0.3 * run.curve[0]["error"]
+
+
+def test_averages_of_parameters_are_evaluated(small_autoencoder):
+    problem = autoencoder.autoencoder_problem(small_autoencoder / "data", 0, (12, 5, 12))
+    method = autoencoder.trials()["Adam"][2]
+    run, plain = Run(problem, method, 0, averaging=0.5), Run(problem, method, 0)
+    parameters = []
+    for _ in range(3):
+        run.advance(1)
+        plain.advance(1)
+        parameters.append(jax.device_get(plain.trees[0]))
+    assert run.curve[-1]["train_loss"] == plain.curve[-1]["train_loss"]
+    # Weights 1, 1/2 and then 1 - averaging.
+    expected = jax.tree.map(lambda a, b, c: (a + b) / 4 + c / 2, *parameters)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), run.average, expected
+    )
+    assert run.curve[-1]["averaged_train_loss"] != run.curve[-1]["train_loss"]
+
+
+def test_goals_table():
+    curve = [
+        {"step": s, "seconds": s / 10, "train_loss": loss, "error": 2 * loss}
+        for s, loss in ((0, 9.0), (5, 3.0), (10, 1.0))
+    ]
+    record = {"method": "A", "settings": "s", "median_step_ms": 12.3, "curve": curve}
+    received = goals_table(
+        [record], [3.0, 0.5], {"train_loss": "", "error": ", error", "none": ""}, lowest=True
+    )
+    assert received.splitlines()[2:] == [
+        "| A        |        s |        12.3 | 5 steps, 0.5 s | not reached |      1 |",
+        "| A, error |        s |        12.3 |  10 steps, 1 s | not reached |      2 |",
+    ]
+
+
+@pytest.mark.skipif(not has_kfac_jax(), reason="kfac-jax is not installed: see make peers")
+def test_kfac_jax_reduces_the_loss():
+    problem = diabetes.diabetes_problem(0)
+    run = Run(problem, kfac_jax_adaptive(initial_damping=0.1), 0)
+    run.advance(10)
+    assert run.loss < 0.1 * run.curve[0]["train_loss"]
+
+
+def test_without_kfac_jax_its_methods_are_left_out_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "kfac-jax adaptive" not in contest.trials(tkfac.Normal())
+    assert "`make peers` makes an environment with it" in capsys.readouterr().out
