@@ -54,7 +54,8 @@ class Net(nn.Module):
     def __call__(self, tokens):
         x = nn.tanh(nn.Embed(6, 8)(tokens))
         x = nn.LayerNorm()(nn.Dense(8, use_bias=False)(x))
-        return nn.Dense(8)(x[..., :7])
+        # A name with a dot, which some file formats read as a path.
+        return nn.Dense(8, name="head.dense")(x[..., :7])
 
 
 def data(step):
