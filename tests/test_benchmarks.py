@@ -361,6 +361,7 @@ def test_goals_table():
 
 
 @pytest.mark.skipif(not has_kfac_jax(), reason="kfac-jax is not installed: see make peers")
+@pytest.mark.filterwarnings("ignore")
 def test_kfac_jax_reduces_the_loss():
     problem = diabetes.diabetes_problem(0)
     run = Run(problem, kfac_jax_adaptive(initial_damping=0.1), 0)
