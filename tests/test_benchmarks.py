@@ -366,7 +366,7 @@ def test_kfac_jax_reduces_the_loss():
     problem = diabetes.diabetes_problem(0)
     run = Run(problem, kfac_jax_adaptive(initial_damping=0.1), 0)
     run.advance(10)
-    assert run.loss < 0.1 * run.curve[0]["train_loss"]
+    assert run.loss < 0.5 * run.curve[0]["train_loss"]
 
 
 def test_without_kfac_jax_its_methods_are_left_out_and_that_is_said(monkeypatch, capsys):
