@@ -132,6 +132,33 @@ def test_statistics_that_nobody_has_averaged_are_refused():
         mapped(params, optimizer.init(params), x)
 
 
+def test_losses_that_nobody_has_averaged_are_refused():
+    predict, params, x, y, layers = mlp_problem(batch=8)
+    optimizer = tkfac.adaptive_tkfac(layers, tkfac.Categorical(), initial_damping=0.1)
+
+    def step(params, state, x, y):
+        return optimizer.update(
+            params,
+            state,
+            params,
+            statistics=None,
+            outputs_fn=lambda params: predict(params, x),
+            targets=y,
+        )
+
+    whole, divided = PartitionSpec(), PartitionSpec(training.AXIS)
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(whole, whole, divided, divided),
+        out_specs=whole,
+    )
+    with pytest.raises(
+        ValueError, match=r"the losses vary over the mesh axes \['data'\].*axis_name"
+    ):
+        jax.eval_shape(mapped, params, jax.eval_shape(optimizer.init, params), x, y)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_averages_are_taken_once(check_vma):
     """Whether the Fisher function, the optimizer or both average; loss and gradient stay a device's own."""

@@ -221,3 +221,40 @@ def test_messages(unchecked):
     adam = optax.adam(1e-3)
     with pytest.raises(ValueError, match="holds 0 TkfacState; expected exactly one"):
         make(adam)(params, adam.init(params), x, targets=y, key=KEYS[0])
+
+
+def test_under_pmap_the_adaptive_optimizer_averages_over_the_axis_of_the_step():
+    """Also if the optimizer itself is not told of it: else the devices would each take lengths of their own."""
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.adaptive_tkfac(layers, tkfac.Categorical(), initial_damping=0.1)
+
+    def make(axis_name):
+        return tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=1,
+            inverse_interval=1,
+            estimator="empirical",
+            axis_name=axis_name,
+        )
+
+    plain, mapped = make(None), make("data")
+    expected, expected_state = copy(params), init(optimizer, params)
+    received, state = (
+        jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), tree) for tree in (params, expected_state)
+    )
+    for _ in range(3):
+        expected, expected_state, _ = plain(expected, expected_state, x, targets=y)
+        received, state, _ = mapped(
+            received, state, x.reshape(2, -1, x.shape[-1]), targets=y.reshape(2, -1)
+        )
+    for device in range(2):
+        jax.tree.map(
+            lambda a, b, device=device: np.testing.assert_allclose(
+                a[device], b, rtol=1e-7, atol=1e-9
+            ),
+            received,
+            expected,
+        )

@@ -136,9 +136,10 @@ class Adaptive(NamedTuple):
         refresh_inverses: bool | Share | None = None,
         position_mask: Any = None,
         example_weights: Any = None,
+        axis_name: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, AdaptiveState]:
-        """Makes one step; see `adaptive_tkfac`."""
+        """Makes one step; see `adaptive_tkfac`. An `axis_name` stands in for that of the optimizer, if it has none."""
         if params is None:
             msg = "update() needs the parameters: optimizer.update(grads, state, params, ...)."
             raise ValueError(msg)
@@ -153,7 +154,7 @@ class Adaptive(NamedTuple):
             Batch(position_mask, example_weights),
             self.l2,
             layers.parameters,
-            self.curvature.axis_name,
+            axis_name if self.curvature.axis_name is None else self.curvature.axis_name,
         )
         others, fallback = self.fallback.update(updates, state.fallback, params, **extra_args)
         start = _Start(params, objective.gradient(updates, params), others, bool(layers.fallback))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from tkfac_jax.estimators import Batch, nll_of
 from tkfac_jax.layers import named_leaves, replace_leaves
-from tkfac_jax.meshes import mean_over
+from tkfac_jax.meshes import mean_over, varying_axes
 from tkfac_jax.precondition import inner_product, slope_along
 from tkfac_jax.quadratic import Quadratic, gauss_newton, symmetric
 
@@ -40,7 +40,9 @@ class Objective(NamedTuple):
         """The mean loss of the examples, averaged over devices, with the l2 term."""
         outputs = self.outputs_fn(params)
         nll = nll_of(self.likelihood, outputs, self.targets, self.batch).mean()
-        return self._penalised(mean_over(nll, self.axis_name), params)
+        mean = mean_over(nll, self.axis_name)
+        _check_averaged(mean, params)
+        return self._penalised(mean, params)
 
     def gradient(self, gradient: Any, params: Any) -> Any:
         """A gradient of the likelihood's loss with that of the l2 term."""
@@ -64,6 +66,7 @@ class Objective(NamedTuple):
             self.batch,
             self.axis_name,
         )
+        _check_averaged(matrix, params)
         leaves = named_leaves(gradient)
         slope = jnp.stack([slope_along(d, {name: leaves[name] for name in d}) for d in directions])
         squares = self._squares(directions)
@@ -88,3 +91,14 @@ class Objective(NamedTuple):
 
     def _own(self, tree: Any) -> dict[str, Array]:
         return {n: leaf for n, leaf in named_leaves(tree).items() if n in self.layer_parameters}
+
+
+def _check_averaged(value: Array, params: Any) -> None:
+    """Refuses what differs between devices although the parameters do not."""
+    apart = varying_axes(value) - varying_axes(params)
+    if apart:
+        msg = (
+            f"the losses vary over the mesh axes {sorted(apart)}, and the parameters do not: give axis_name to "
+            "adaptive_tkfac, so that losses and products are averaged."
+        )
+        raise ValueError(msg)

@@ -141,6 +141,7 @@ def make_train_step(
                 model_outputs_fn=_outputs_fn(predict, has_aux, args, model_args),
                 position_mask=data["position_mask"],
                 example_weights=data["example_weights"],
+                axis_name=axis_name,
             )
             metrics = {"loss": loss} | ({"aux": predicted[1]} if has_aux else {})
             return optax.apply_updates(params, updates), opt_state, metrics
