@@ -300,6 +300,12 @@ def test_an_optimizer_without_statistics_is_refused():
         optimizer.init(PARAMS)
 
 
+def test_an_optimizer_that_compares_losses_is_refused():
+    adaptive = tkfac.adaptive_tkfac(LAYERS, tkfac.Categorical(), initial_damping=0.1)
+    with pytest.raises(ValueError, match="adaptive_tkfac compares losses of the whole batch"):
+        jax.eval_shape(multi_steps(adaptive, 2, layers=LAYERS).init, PARAMS)
+
+
 def test_missing_and_foreign_statistics_are_refused():
     optimizer = multi_steps(optimizer_with(), 2, layers=LAYERS)
     state = jax.jit(optimizer.init)(PARAMS)

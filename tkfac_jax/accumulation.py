@@ -15,11 +15,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from tkfac_jax.adaptation import find_adaptive
 from tkfac_jax.capture import zero_slots
 from tkfac_jax.curvature import find_state
 from tkfac_jax.layers import Layers
 from tkfac_jax.schedule import MISSING_STATISTICS, Interval, Missing, check_interval
 from tkfac_jax.tagged import Statistics, check_statistics
+
+WHOLE_BATCHES = (
+    "adaptive_tkfac compares losses of the whole batch: it cannot be given the batch in parts by multi_steps. Use it with "
+    "whole batches, divided over several devices if need be, or accumulate for tkfac(...)."
+)
 
 
 class AccumulationState(NamedTuple):
@@ -77,8 +83,8 @@ def multi_steps(
       statistics.
 
     Raises:
-      ValueError: an argument is wrong; at `init`, the optimizer has no `TkfacState` or several; at `update`, the
-        statistics are not those of the layers.
+      ValueError: an argument is wrong; at `init`, the optimizer has no `TkfacState` or several, or is an
+        `adaptive_tkfac`; at `update`, the statistics are not those of the layers.
       TypeError: at `update`, `statistics` is not given.
 
     Example:
@@ -107,6 +113,8 @@ def multi_steps(
     def init(params: Any) -> AccumulationState:
         inner_state = inner.init(params)
         find_state(inner_state)
+        if find_adaptive(inner_state) is not None:
+            raise ValueError(WHOLE_BATCHES)
         # Of each a buffer of its own: a state that holds one twice could not be donated.
         mini_step, num_statistics = (jnp.zeros((), jnp.int32) for _ in range(2))
         gradients = jax.tree.map(_zeros_to_add_to, params)
