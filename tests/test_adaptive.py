@@ -305,6 +305,20 @@ def test_a_batch_that_is_not_finite_moves_nothing():
     assert int(whole.skipped_steps) == 1
 
 
+def test_a_batch_without_a_loss_is_rejected_and_says_nothing_about_the_damping():
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = adaptive(
+        layers, learning_rate=0.1, momentum=0.5, damping_interval=1, reject_steps=True
+    )
+    step = step_by_hand(predict, CATEGORICAL, layers, optimizer)
+    params, state, _ = step(params, optimizer.init(params), x, y)
+    after, broken, _ = step(params, state, x.at[0, 0].set(jnp.nan), y)
+    np.testing.assert_array_equal(vector(after), vector(params))
+    assert int(broken.rejected_steps) == 1
+    np.testing.assert_array_equal(broken.damping, state.damping)
+    np.testing.assert_array_equal(broken.ratio, state.ratio)
+
+
 class WithScale(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -310,7 +310,8 @@ class Adaptive(NamedTuple):
             look() if self.reject_steps else jax.lax.cond(due, look, lambda: (nan, nan))
         )
         rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(loss)
-        known = proposal.finite & jnp.isfinite(loss) & (jnp.abs(predicted) > rounding)
+        compared = proposal.finite & jnp.isfinite(loss)
+        known = compared & (jnp.abs(predicted) > rounding)
         foretold = jnp.isfinite(after) & (predicted < 0)
         ratio = jnp.where(foretold, (after - loss) / predicted, -jnp.inf)
         rejected = never
@@ -321,7 +322,7 @@ class Adaptive(NamedTuple):
         return _Verdict(
             rejected,
             jnp.where(due & known, ratio, state.ratio),
-            jnp.where(due & (known | rejected), changed, state.damping),
+            jnp.where(due & (known | (compared & rejected)), changed, state.damping),
         )
 
 
