@@ -470,6 +470,18 @@ def test_make_train_step_equals_the_step_by_hand():
     )
 
 
+def test_hyperparameters_may_be_injected():
+    """All numbers are then arrays of the state, those of steps too."""
+    options = {"warmup_steps": 1, "damping_interval": 2, "l2": 0.3}
+    expected = run(lambda layers: adaptive(layers, **options), 3)
+    injected = optax.inject_hyperparams(tkfac.adaptive_tkfac)
+    trace = run(lambda layers: injected(layers, CATEGORICAL, initial_damping=0.1, **options), 3)
+    received = trace[-1][1].inner_state
+    np.testing.assert_allclose(vector(trace[-1][0]), vector(expected[-1][0]), rtol=1e-10)
+    np.testing.assert_allclose(received.damping, expected[-1][1].damping, rtol=1e-12)
+    assert int(received.curvature.step) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -482,6 +494,7 @@ def test_make_train_step_equals_the_step_by_hand():
         ({"l2": -1.0}, "l2=-1.0; expected a number of at least 0"),
         ({"momentum": 1.0}, r"momentum=1.0; expected a number in \[0, 1\)"),
         ({"warmup_steps": -1}, "warmup_steps=-1; expected a whole number of at least 0"),
+        ({"warmup_steps": 2.0}, r"warmup_steps=2\.0; expected a whole number of at least 0"),
         (
             {"learning_rate": 0.1, "momentum": 0.9, "damping_interval": None},
             "nothing is left to adapt",
@@ -489,7 +502,7 @@ def test_make_train_step_equals_the_step_by_hand():
         ({"fisher_interval": 0}, "fisher_interval=0"),
     ],
 )
-def test_wrong_options(options, message):
+def test_wrong_options(options, message, unchecked):
     *_, layers = mlp_problem()
     with pytest.raises(ValueError, match=message):
         adaptive(layers, **options)

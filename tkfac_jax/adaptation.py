@@ -14,7 +14,7 @@ from tkfac_jax.estimators import Batch
 from tkfac_jax.layers import named_leaves, replace_leaves
 from tkfac_jax.objective import Objective
 from tkfac_jax.quadratic import Quadratic
-from tkfac_jax.schedule import Intervals, Missing, renew
+from tkfac_jax.schedule import Interval, Intervals, Missing, renew
 
 # A ratio of actual to predicted change within these bounds leaves the damping as it is.
 GOOD_RATIO, POOR_RATIO = 0.75, 0.25
@@ -64,7 +64,7 @@ def find_adaptive(opt_state: Any) -> AdaptiveState | None:
 class DampingPolicy(NamedTuple):
     """When and how the damping changes."""
 
-    interval: int | None
+    interval: Interval | None
     decay: float | Array
     smallest: float | Array
     largest: float | Array
@@ -77,7 +77,9 @@ class DampingPolicy(NamedTuple):
 
     def next(self, damping: Array, ratio: Array) -> Array:
         """The damping after a ratio of actual to predicted change."""
-        factor = jnp.asarray(self.decay, damping.dtype) ** (self.interval or 1)
+        factor = jnp.asarray(self.decay, damping.dtype) ** (
+            1 if self.interval is None else self.interval
+        )
         change = jnp.where(ratio > GOOD_RATIO, factor, jnp.where(ratio < POOR_RATIO, 1 / factor, 1))
         return jnp.clip(damping * change, self.smallest, self.largest).astype(damping.dtype)
 
@@ -97,7 +99,7 @@ class Adaptive(NamedTuple):
     momentum: float | Array | None
     l2: float | Array
     reject_steps: bool
-    warmup_steps: int
+    warmup_steps: int | Array
 
     def init(self, params: Any) -> AdaptiveState:
         """The state before the first step."""
@@ -158,7 +160,7 @@ class Adaptive(NamedTuple):
         )
         others, fallback = self.fallback.update(updates, state.fallback, params, **extra_args)
         start = _Start(params, objective.gradient(updates, params), others, bool(layers.fallback))
-        warming = state.warmup_left > 0 if self.warmup_steps else None
+        warming = state.warmup_left > 0 if self._may_warm() else None
         state = self._renew(objective, state, start, statistics, refresh_inverses, warming)
         proposal = self._propose(objective, state, start)
         verdict = self._judge(objective, state, start, proposal)
@@ -186,6 +188,10 @@ class Adaptive(NamedTuple):
             skipped_steps=state.skipped_steps + one * (~proposal.finite).astype(jnp.int32),
             rejected_steps=state.rejected_steps + one * verdict.rejected.astype(jnp.int32),
         )
+
+    def _may_warm(self) -> bool:
+        """Whether there may be steps that only gather statistics, as far as is known when the program is traced."""
+        return not (isinstance(self.warmup_steps, int) and self.warmup_steps == 0)
 
     def _damped(self, damping: float | Array) -> Curvature:
         """How inverses are made under a damping."""
@@ -303,7 +309,7 @@ class Adaptive(NamedTuple):
             return proposal.predict().astype(dtype), after.astype(dtype)
 
         due = self.policy.is_due(state.curvature.step)
-        if self.warmup_steps:
+        if self._may_warm():
             due &= state.warmup_left == 0
         nan = jnp.full((), jnp.nan, dtype)
         predicted, after = (

@@ -41,7 +41,7 @@ def adaptive_tkfac(
     likelihood: Likelihoods,
     *,
     initial_damping: float | Array,
-    damping_interval: int | None = 5,
+    damping_interval: Interval | None = 5,
     damping_decay: float | Array = 0.9,
     min_damping: float | Array = 1e-8,
     max_damping: float | Array = 1e8,
@@ -50,9 +50,9 @@ def adaptive_tkfac(
     momentum: float | Array | None = None,
     l2: float | Array = 0.0,
     reject_steps: bool = False,
-    warmup_steps: int = 0,
+    warmup_steps: int | Array = 0,
     fallback: optax.GradientTransformation = DEFAULT_FALLBACK,
-    damping_rule: Callable[[Any], Damping] = normal_damping,
+    damping_rule: Callable[[Any], Damping] | None = None,
     decay: Decay = 0.95,
     fisher_interval: Interval = 1,
     inverse_interval: Interval = 1,
@@ -113,7 +113,7 @@ def adaptive_tkfac(
       reject_steps: evaluate the loss after every step; do not make a step that raises it, but raise the damping.
       warmup_steps: updates at the start that only gather statistics, at each of them, and make no step.
       fallback: optimizer of the parameters of no layer.
-      damping_rule: from lambda to the damping: `normal_damping`, or `factored_damping` for KFAC, whose
+      damping_rule: from lambda to the damping; None is `normal_damping`. KFAC takes `factored_damping`, and its
         statistics must come from a Fisher function with `rule=tkfac_jax.independent`.
       decay: see `scale_by_tkfac`, as are all further arguments.
       fisher_interval: T_FIM, steps between new statistics.
@@ -166,9 +166,11 @@ def adaptive_tkfac(
         check_interval("damping_interval", damping_interval)
     elif learning_rate is not None and momentum is not None:
         raise ValueError(NOTHING_ADAPTIVE)
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+    if isinstance(warmup_steps, float) or (isinstance(warmup_steps, int) and warmup_steps < 0):
         msg = f"warmup_steps={warmup_steps!r}; expected a whole number of at least 0."
         raise ValueError(msg)
+    # A default of None, as that of inverse: optax.inject_hyperparams takes a function for a schedule.
+    damping_rule = normal_damping if damping_rule is None else damping_rule
     curvature = Curvature(
         layers,
         damping_rule(initial_damping),
