@@ -151,6 +151,22 @@ def test_what_is_passed_on(statistics, refresh):
     assert records == [{"refresh_inverses": refresh, "statistics": statistics}]
 
 
+def test_what_the_adaptive_optimizer_wants_to_know_is_passed_on():
+    records = []
+    params = {"w": jnp.ones(3)}
+
+    class WithTargets(tkfac.TrainState):
+        targets: Any = None
+
+    batch = {"outputs_fn": dict, "model_outputs_fn": list, "example_weights": 1, "position_mask": 2}
+    for kind, fields in ((tkfac.TrainState, {}), (WithTargets, {"targets": 0})):
+        state = kind.create(apply_fn=dict, params=params, tx=recorder(records), **fields)
+        new = state.apply_gradients(grads=params, statistics=None, targets=3, **batch)
+        told = {"refresh_inverses": None, "statistics": None, **batch}
+        assert records.pop() == told | ({} if fields else {"targets": 3})
+        assert getattr(new, "targets", None) == (3 if fields else None)
+
+
 def test_fields_are_replaced():
     """The optimizer too, if it is asked for."""
     params = {"w": jnp.ones(3)}

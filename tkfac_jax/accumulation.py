@@ -23,8 +23,8 @@ from tkfac_jax.schedule import MISSING_STATISTICS, Interval, Missing, check_inte
 from tkfac_jax.tagged import Statistics, check_statistics
 
 WHOLE_BATCHES = (
-    "adaptive_tkfac compares losses of the whole batch: it cannot be given the batch in parts by multi_steps. Use it with "
-    "whole batches, divided over several devices if need be, or accumulate for tkfac(...)."
+    "adaptive_tkfac compares losses of the whole batch: it cannot be given the batch in parts by multi_steps. Use it "
+    "with whole batches, divided over several devices if need be, or accumulate for tkfac(...)."
 )
 
 

@@ -7,6 +7,9 @@ from flax.training import train_state
 
 from tkfac_jax.curvature import Share
 
+# What adaptive_tkfac wants to know of the batch.
+OF_THE_BATCH = ("outputs_fn", "targets", "model_outputs_fn", "position_mask", "example_weights")
+
 
 class _NotGiven:
     """Stands for an argument that was not given, where None means something."""
@@ -60,7 +63,8 @@ class TrainState(train_state.TrainState):
           grads: gradients, of the structure of `params`.
           statistics: a function without arguments, `Statistics`, or None; see `scale_by_tkfac`.
           refresh_inverses: see `scale_by_tkfac`.
-          **kwargs: fields to replace.
+          **kwargs: fields to replace; and what `adaptive_tkfac` wants to know of the batch, such as `outputs_fn` and
+            `targets`, which goes to the optimizer, unless a field of the state has the name.
 
         Returns:
           The state with new `params` and `opt_state`, and `step` one higher.
@@ -72,6 +76,8 @@ class TrainState(train_state.TrainState):
         extra_args: dict[str, Any] = {"refresh_inverses": refresh_inverses}
         if statistics is not _NotGiven:
             extra_args["statistics"] = statistics
+        passed_on = [name for name in OF_THE_BATCH if name in kwargs and not hasattr(self, name)]
+        extra_args |= {name: kwargs.pop(name) for name in passed_on}
         optimizer = optax.with_extra_args_support(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
