@@ -345,6 +345,37 @@ def test_parameters_of_no_layer_take_the_fallbacks_step_and_no_l2():
     )
 
 
+def test_layers_that_are_frozen_stay():
+    """The optimizer then sees masked parameters; `outputs_fn` puts the frozen ones back."""
+    predict, params, x, y, layers = mlp_problem()
+    labels = {
+        name: dict.fromkeys(leaves, "frozen" if name == "Dense_1" else "trained")
+        for name, leaves in params.items()
+    }
+    optimizer = optax.partition(
+        {"trained": adaptive(layers, l2=0.1), "frozen": optax.set_to_zero()}, labels
+    )
+    outputs_fn = lambda params: predict(params, x)  # noqa: E731
+
+    @jax.jit
+    def step(params, state):
+        loss_fn = lambda params: CATEGORICAL.nll(outputs_fn(params), y).mean()  # noqa: E731
+        updates, _ = optimizer.update(
+            jax.grad(loss_fn)(params),
+            state,
+            params,
+            statistics=None,
+            outputs_fn=lambda own: outputs_fn(own | {"Dense_1": params["Dense_1"]}),
+            targets=y,
+        )
+        after = optax.apply_updates(params, updates)
+        return after, loss_fn(params), loss_fn(after)
+
+    after, loss, lower = step(params, optimizer.init(params))
+    np.testing.assert_array_equal(after["Dense_1"]["kernel"], params["Dense_1"]["kernel"])
+    assert float(lower) < float(loss)
+
+
 def test_no_new_statistics_and_inverses_on_demand():
     predict, params, x, y, layers = mlp_problem()
     optimizer = adaptive(layers)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from tkfac_jax.curvature import Curvature, Share, TkfacState
 from tkfac_jax.damping import Damping
 from tkfac_jax.estimators import Batch
-from tkfac_jax.layers import named_leaves, replace_leaves
+from tkfac_jax.layers import replace_leaves, visible_leaves
 from tkfac_jax.objective import Objective
 from tkfac_jax.quadratic import Quadratic
 from tkfac_jax.schedule import Interval, Intervals, Missing, renew
@@ -260,13 +260,13 @@ class Adaptive(NamedTuple):
         active = self.curvature.active(start.gradient, state.curvature)
         steps, counted = self.curvature.precondition(start.gradient, state.curvature, active)
         names = self.curvature.layers.parameters
-        natural = {n: -leaf for n, leaf in named_leaves(steps).items() if n in names}
-        previous = {n: leaf for n, leaf in named_leaves(state.previous).items() if n in names}
+        natural = {n: -leaf for n, leaf in visible_leaves(steps).items() if n in names}
+        previous = {n: leaf for n, leaf in visible_leaves(state.previous).items() if n in names}
         directions: list[Mapping[str, Array]] = [natural, previous]
         rate = self.learning_rate
         given = [rate(state.curvature.step) if callable(rate) else rate, self.momentum]
         if start.has_others:
-            others = named_leaves(start.others)
+            others = visible_leaves(start.others)
             directions.append({n: leaf for n, leaf in others.items() if n not in names})
             given.append(1.0)
 

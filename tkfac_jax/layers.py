@@ -192,6 +192,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {parameter_name(path): leaf for path, leaf in leaves}
 
 
+def visible_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters by their names, but for those hidden behind `optax.MaskedNode`."""
+    return {name: leaf for name, leaf in named_leaves(tree).items() if not is_masked(leaf)}
+
+
 def replace_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
     """A tree of parameters with other leaves under some of the names."""
     return jax.tree_util.tree_map_with_path(

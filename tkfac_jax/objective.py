@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tkfac_jax.estimators import Batch, nll_of
-from tkfac_jax.layers import named_leaves, replace_leaves
+from tkfac_jax.layers import named_leaves, replace_leaves, visible_leaves
 from tkfac_jax.meshes import mean_over, varying_axes
 from tkfac_jax.precondition import inner_product, slope_along
 from tkfac_jax.quadratic import Quadratic, gauss_newton, symmetric
@@ -90,7 +90,7 @@ class Objective(NamedTuple):
         return loss + 0.5 * self.l2 * inner_product(own, own)
 
     def _own(self, tree: Any) -> dict[str, Array]:
-        return {n: leaf for n, leaf in named_leaves(tree).items() if n in self.layer_parameters}
+        return {n: leaf for n, leaf in visible_leaves(tree).items() if n in self.layer_parameters}
 
 
 def _check_averaged(value: Array, params: Any) -> None:
