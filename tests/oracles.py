@@ -94,6 +94,61 @@ def output_fisher(likelihood, outputs):
     return np.eye(len(outputs)) / variance
 
 
+def example_fisher(likelihood, outputs, mask=None, average=False):
+    """The Fisher of all outputs of one example, flattened: a block for each position that is not padding.
+
+    Args:
+      likelihood: see `output_fisher`.
+      outputs: `(positions, classes)`; but for a categorical distribution every number is a position of its own.
+      mask: zero where a position is padding.
+      average: whether the Fisher is that of one position.
+    """
+    rows = outputs if likelihood == "categorical" else outputs.reshape(-1, 1)
+    mask = np.ones(len(rows)) if mask is None else np.ravel(mask).astype(float)
+    scale = max(mask.sum(), 1) if average else 1
+    fisher, size = np.zeros((outputs.size, outputs.size)), rows.shape[1]
+    for i, row in enumerate(rows):
+        here = slice(i * size, (i + 1) * size)
+        fisher[here, here] = mask[i] * output_fisher(likelihood, row) / scale
+    return fisher
+
+
+def mlp(params, x):
+    """The network `networks.Mlp`, also for complex parameters."""
+    x = np.tanh(x @ params["Dense_0/kernel"] + params["Dense_0/bias"])
+    x = np.tanh(x @ params["Dense_1/kernel"])
+    return x @ params["Dense_2/kernel"] + params["Dense_2/bias"]
+
+
+def jacobian(function, params):
+    """The derivatives of a function by each number of the parameters, the last axis, in the order of these.
+
+    A complex step takes no difference and so loses nothing; the function has to be analytic.
+    """
+    columns = []
+    for name, array in params.items():
+        for place in np.ndindex(array.shape):
+            moved = {n: a.astype(complex) for n, a in params.items()}
+            moved[name][place] += 1e-30j
+            columns.append(np.imag(function(moved)) / 1e-30)
+    return np.stack(columns, axis=-1)
+
+
+def gauss_newton(jacobian, fishers, weights):
+    """The mean over examples of `J^T F J`, each with its weight."""
+    matrix = 0.0
+    for rows, fisher, weight in zip(jacobian, fishers, weights, strict=True):
+        rows = rows.reshape(len(fisher), -1)
+        matrix = matrix + weight * rows.T @ fisher @ rows
+    return matrix / len(jacobian)
+
+
+def in_one_vector(arrays, params):
+    """Arrays of some of the parameters as one vector of all: zero where there is none."""
+    parts = [np.asarray(arrays.get(name, np.zeros(a.shape))) for name, a in params.items()]
+    return np.concatenate([part.ravel() for part in parts])
+
+
 def normalised(moments):
     """Phi, Psi and delta of Eq. (4.9)."""
     input_moment, output_moment, trace = moments

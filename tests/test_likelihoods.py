@@ -191,6 +191,7 @@ class Losses:
         *LIKELIHOODS,
         tkfac.Categorical(average_positions=True),
         tkfac.Bernoulli(average_positions=True),
+        tkfac.Normal(0.7, average_positions=True),
     ],
     ids=str,
 )
@@ -211,13 +212,15 @@ def test_fisher_products_equal_those_of_the_dense_fisher(likelihood, masked, kin
 
 
 def test_fisher_products_of_a_joint_likelihood_are_each_its_own(keys):
-    likelihoods = {"a": tkfac.Normal(0.5), "b": tkfac.Bernoulli()}
+    likelihoods = {"a": tkfac.Normal(0.5), "b": tkfac.Bernoulli(), "c": Losses(tkfac.Bernoulli())}
     outputs, tangents = (
         {name: jax.random.normal(next(keys), (2, 3)) for name in "ab"} for _ in range(2)
     )
-    targets = {name: jnp.zeros((2, 3)) for name in "ab"}
+    outputs["c"], tangents["c"] = outputs["b"], tangents["b"]
+    targets = {name: jnp.zeros((2, 3)) for name in "abc"}
     mask = {"b": jnp.arange(6).reshape(2, 3) < 5}
     received = fisher_product(as_likelihood(likelihoods), outputs, tangents, targets, mask)
     np.testing.assert_allclose(received["a"], tangents["a"] / 0.5, rtol=1e-12)
     p = jax.nn.sigmoid(outputs["b"])
     np.testing.assert_allclose(received["b"], p * (1 - p) * tangents["b"] * mask["b"], rtol=1e-12)
+    np.testing.assert_allclose(received["c"], p * (1 - p) * tangents["b"], rtol=1e-12)

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from networks import mlp_problem
 
@@ -11,13 +12,6 @@ from tkfac_jax.estimators import Batch
 from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import named_leaves
 from tkfac_jax.quadratic import Quadratic, gauss_newton
-
-LIKELIHOODS = [
-    tkfac.Categorical(),
-    tkfac.Bernoulli(),
-    tkfac.Normal(0.7),
-    tkfac.Bernoulli(average_positions=True),
-]
 
 
 def model_of(matrix, slope):
@@ -55,11 +49,28 @@ def test_the_minimum_does_not_depend_on_the_units_of_a_direction(scale):
         ([[0.0, 0.0], [0.0, 5.0]], [0.0, -1.0], [0.0, 0.2]),
         # No curvature at all: nothing says how far to go.
         ([[0.0, 0.0], [0.0, 0.0]], [1.0, 1.0], [0.0, 0.0]),
+        # A curvature that is not positive, as that of a loss may be.
+        ([[-1.0, 0.5], [0.5, 5.0]], [1.0, -1.0], [0.0, 0.2]),
+        ([[4.0, 3.0], [3.0, -2.0]], [2.0, 1.0], [-0.5, 0.0]),
+        # Parallel but for rounding.
+        ([[4.0, 8.0], [8.0, 16.0 + 1e-12]], [2.0, 4.0 + 1e-6], [-0.5, 0.0]),
     ],
 )
 def test_directions_that_decide_nothing_get_no_length(matrix, slope, expected):
     received = model_of(matrix, slope).minimum([None, None])
     np.testing.assert_allclose(received, expected, rtol=1e-12)
+
+
+def test_what_counts_as_parallel_depends_on_the_dtype():
+    """A squared sine of 1e-5 says something in float64; of float32 it is a hundred rounding errors."""
+    model = model_of([[1.0, 1.0], [1.0, 1.0 + 1e-5]], [-1.0, -2.0])
+    low = Quadratic(*(array.astype(jnp.float32) for array in model))
+    np.testing.assert_allclose(
+        model.minimum([None, None]), -np.linalg.solve(model.matrix, model.slope), rtol=1e-9
+    )
+    received = low.minimum([None, None])
+    assert received.dtype == jnp.float32
+    np.testing.assert_array_equal(received, [1.0, 0.0])
 
 
 def test_lengths_that_are_given_stay():
@@ -70,36 +81,8 @@ def test_lengths_that_are_given_stay():
     expected = -np.linalg.solve(model.matrix[:2, :2], model.slope[:2] + model.matrix[:2, 2])
     np.testing.assert_allclose(two, [*expected, 1.0], rtol=1e-12)
     np.testing.assert_allclose(model.minimum([0.1, 0.2, 1.0]), [0.1, 0.2, 1.0])
-
-
-def dense_products(predict, likelihood, params, directions, weights, mask):
-    """The products through `J^T F J`, with the whole Jacobian and F as the Hessian of the loss."""
-    jacobian = jax.jacrev(predict)(params)
-    outputs = np.asarray(predict(params))
-    batch, size = outputs.shape[0], outputs[0].size
-
-    def nll(flat, example):
-        one = flat.reshape(1, *outputs.shape[1:])
-        options = {} if mask is None else {"mask": mask[example : example + 1]}
-        target = likelihood.sample(jax.random.key(3), jnp.asarray(outputs))[example : example + 1]
-        return likelihood.nll(one, target, **options)[0]
-
-    products = np.zeros((len(directions), len(directions)))
-    for example in range(batch):
-        fisher = jax.hessian(functools.partial(nll, example=example))(
-            jnp.asarray(outputs[example].ravel())
-        )
-        tangents = [
-            sum(
-                np.tensordot(np.asarray(named_leaves(jacobian)[n])[example], d, axes=d.ndim)
-                for n, d in direction.items()
-            ).reshape(size)
-            for direction in directions
-        ]
-        for i, t in enumerate(tangents):
-            for j, u in enumerate(tangents):
-                products[i, j] += weights[example] * (t @ np.asarray(fisher) @ u) / batch
-    return products
+    flat = model_of([[0.0, 0.5], [0.5, 2.0]], [1.0, 1.0])
+    np.testing.assert_array_equal(flat.minimum([None, 0.3]), [0.0, 0.3])
 
 
 @functools.cache
@@ -113,27 +96,54 @@ def directions_of_mlp():
     return [draw(first), draw(first), draw([n for n in leaves if "Dense_1" in n])]
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_products_through_the_gauss_newton_matrix_equal_the_dense_ones(likelihood, weighted):
-    predict, params, x, _, _ = mlp_problem()
-    outputs_fn = lambda params: predict(params, x)  # noqa: E731
-    outputs = outputs_fn(params)
-    weights = np.linspace(0.2, 2.0, len(x)) if weighted else np.ones(len(x))
-    positions = outputs.shape[:-1] if isinstance(likelihood, tkfac.Categorical) else outputs.shape
-    mask = None
-    if weighted and len(positions) == 2:
-        mask = jnp.arange(outputs.size).reshape(outputs.shape) % 4 > 0
-    received = gauss_newton(
-        outputs_fn,
-        likelihood,
-        params,
-        directions_of_mlp(),
-        likelihood.sample(jax.random.key(3), outputs),
-        Batch(mask, jnp.asarray(weights) if weighted else None),
+@functools.cache
+def sequences():
+    """Inputs of three positions each, the network's parameters in NumPy, and its Jacobian."""
+    _, params, *_ = mlp_problem()
+    own = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    x = np.random.default_rng(1).normal(size=(4, 3, 4))
+    return x, own, oracles.jacobian(lambda params: oracles.mlp(params, x), own)
+
+
+@pytest.mark.parametrize("kind", [tkfac.Categorical, tkfac.Bernoulli, tkfac.Normal])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_through_the_gauss_newton_matrix_are_those_of_the_dense_one(kind, average, masked):
+    """With weights, and with masks of which one hides a whole example."""
+    predict, params, *_ = mlp_problem()
+    x, own, jacobian = sequences()
+    outputs = oracles.mlp(own, x)
+    positions = outputs.shape[:2] if kind is tkfac.Categorical else outputs.shape
+    mask = weights = None
+    if masked:
+        mask = np.arange(np.prod(positions)).reshape(positions) % 4 > 0
+        mask[1] = False
+        weights = np.array([0.2, 2.0, 0.0, 1.3])
+    name = {tkfac.Categorical: "categorical", tkfac.Bernoulli: "bernoulli", tkfac.Normal: 0.7}[kind]
+    fishers = [
+        oracles.example_fisher(name, one, None if mask is None else mask[i], average)
+        for i, one in enumerate(outputs)
+    ]
+    matrix = oracles.gauss_newton(jacobian, fishers, np.ones(4) if weights is None else weights)
+    stacked = np.stack([oracles.in_one_vector(d, own) for d in directions_of_mlp()])
+    options = {"variance": 0.7} if kind is tkfac.Normal else {}
+    likelihood = kind(average_positions=average, **options)
+
+    @jax.jit
+    def products(params, mask, weights):
+        targets = jnp.zeros(positions, int if kind is tkfac.Categorical else float)
+        return gauss_newton(
+            lambda params: predict(params, x),
+            likelihood,
+            params,
+            directions_of_mlp(),
+            targets,
+            Batch(mask, weights),
+        )
+
+    np.testing.assert_allclose(
+        products(params, mask, weights), stacked @ matrix @ stacked.T, rtol=1e-10, atol=1e-12
     )
-    expected = dense_products(outputs_fn, likelihood, params, directions_of_mlp(), weights, mask)
-    np.testing.assert_allclose(received, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_outputs_of_the_first_examples_give_their_mean():
