@@ -103,6 +103,22 @@ def run_of_make_train_step():
     return Run((params, jax.jit(optimizer.init)(params)), advance)
 
 
+def run_of_the_adaptive_optimizer():
+    """Its damping, its previous step and its warm-up are saved too."""
+    predict, params, layers, _ = linen_problem()
+    optimizer = tkfac.adaptive_tkfac(
+        layers, LIKELIHOOD, initial_damping=0.1, damping_interval=2, warmup_steps=1, l2=0.01
+    )
+    step = tkfac.make_train_step(
+        predict, LIKELIHOOD, optimizer, layers=layers, estimator="empirical", **INTERVALS
+    )
+
+    def advance(tree, tokens, targets, key):
+        return step(*tree, tokens, targets=targets)[:2]
+
+    return Run((params, jax.jit(optimizer.init)(params)), advance)
+
+
 def run_of_own_step():
     predict, params, layers, optimizer = linen_problem()
     fisher = tkfac.sampled_fisher(predict, LIKELIHOOD, layers)
@@ -160,7 +176,10 @@ def flax_state_dict(directory, tree):
     return lambda template: flax.serialization.from_state_dict(template, state_dict)
 
 
-@pytest.fixture(scope="module", params=[run_of_make_train_step, run_of_own_step])
+RUNS = [run_of_make_train_step, run_of_the_adaptive_optimizer, run_of_own_step]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def run(request):
     """The run, and its tree at the step at which it is saved."""
     run = request.param()
