@@ -19,6 +19,8 @@ from tkfac_jax.meshes import is_checked
 STEPS = 5
 AXIS = "data"
 LIKELIHOOD = tkfac.Categorical()
+# Whatever else the adaptive optimizer computes from losses, or counts.
+CAUTIOUS = {"calibrate_damping": True, "reject_steps": True, "warmup_steps": 1}
 
 
 class Network(nn.Module):
@@ -47,6 +49,7 @@ def problem():
 
 def optimizer_for(layers, adaptive=False, **options):
     options |= {"fisher_interval": 2, "inverse_interval": 3}
+    options |= CAUTIOUS if adaptive == "cautious" else {}
     if adaptive:
         return tkfac.adaptive_tkfac(
             layers, LIKELIHOOD, initial_damping=0.05, damping_interval=2, l2=0.01, **options

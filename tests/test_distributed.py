@@ -50,6 +50,14 @@ def test_shard_map(check_vma, adaptive):
     assert_same(training.under_shard_map(DEVICES, check_vma, adaptive), expected(adaptive))
 
 
+def test_trials_and_rejections_under_shard_map():
+    assert_same(training.under_shard_map(DEVICES, True, "cautious"), expected("cautious"))
+    _, state, _ = expected("cautious")
+    # What is compared has happened.
+    assert float(state.damping) < 0.05
+    assert int(state.curvature.step) == training.STEPS - 1
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("how", ["plain", "sharded"])
 def test_the_adaptive_optimizer_over_a_mesh(kind, how, monkeypatch):
