@@ -107,6 +107,8 @@ def test_lengths_are_those_of_the_dense_model(options, l2):
     damping = 0.1
     trace = run(lambda layers: adaptive(layers, damping_interval=None, **options), 2)
     (start, _, _), (first, _, _), (second, state, _) = trace
+    # There is no previous step at first.
+    assert float(trace[1][1].momentum) == options.get("momentum", 0)
     matrix, gradient = dense_model(first, l2)
     natural = preconditioned(gradient, state, damping + l2, first)
     directions = np.stack([-natural, difference(first, start)], axis=1)
@@ -239,7 +241,8 @@ def test_a_learning_rate_may_be_a_schedule_and_all_lengths_given():
 
 
 def test_a_warm_up_gathers_statistics_and_makes_no_step():
-    trace = run(lambda layers: adaptive(layers, warmup_steps=2, fisher_interval=3), 3)
+    options = {"initial_damping": 10.0, "calibrate_damping": True}
+    trace = run(lambda layers: adaptive(layers, warmup_steps=2, fisher_interval=3, **options), 3)
     starts = [state.curvature for _, state, _ in trace]
     assert difference(trace[2][0], trace[0][0]).max() == 0
     assert int(starts[2].step) == 0
@@ -247,6 +250,10 @@ def test_a_warm_up_gathers_statistics_and_makes_no_step():
     assert np.abs(difference(trace[3][0], trace[2][0])).max() > 0
     assert int(starts[3].step) == 1
     assert [int(state.warmup_left) for _, state, _ in trace] == [2, 1, 0, 0]
+    # The inverses and the damping are those of the beginning.
+    jax.tree.map(np.testing.assert_array_equal, starts[2].inverses, starts[0].inverses)
+    assert float(trace[2][1].damping) == 10.0
+    assert float(trace[3][1].damping) < 10.0
 
 
 def test_calibration_chooses_what_trying_by_hand_would():
@@ -346,6 +353,7 @@ def test_a_step_that_is_not_made_leaves_the_fallback_where_it_was():
     warm, warmed, _ = step(params, first, x, y)
     same, rejected, _ = step(warm, warmed, x, y)
     assert (int(warmed.rejected_steps), int(rejected.rejected_steps)) == (0, 1)
+    assert float(warmed.damping) == 0.1 < float(rejected.damping)
     for after, state in ((warm, warmed), (same, rejected)):
         np.testing.assert_array_equal(vector(after), vector(params))
         jax.tree.map(np.testing.assert_array_equal, state.fallback, first.fallback)
@@ -653,6 +661,7 @@ def test_make_train_step_equals_the_step_by_hand():
         "fisher_interval": 2,
         "inverse_interval": 4,
         "warmup_steps": 2,
+        "spread_inverses": True,
     }
     optimizer = adaptive(layers, **options)
     by_hand = step_by_hand(
@@ -669,6 +678,7 @@ def test_make_train_step_equals_the_step_by_hand():
         layers=layers,
         fisher_interval=2,
         inverse_interval=4,
+        spread_inverses=True,
         estimator="exact",
         model_args=lambda x: (x[:4],),
     )
@@ -677,11 +687,11 @@ def test_make_train_step_equals_the_step_by_hand():
     for _ in range(8):
         expected, expected_state, _ = by_hand(expected, expected_state, x, y)
         received, state, _ = step(received, state, x, targets=y)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9),
-        (received, state),
-        (expected, expected_state),
-    )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9),
+            (received, state),
+            (expected, expected_state),
+        )
 
 
 def test_hyperparameters_may_be_injected():

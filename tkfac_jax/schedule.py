@@ -64,7 +64,7 @@ def renew(
       active: its layers.
       statistics: a function, the statistics themselves or None; see `scale_by_tkfac`.
       refresh_inverses: None, a bool or a `Share`; see `scale_by_tkfac`.
-      warming: whether this step only gathers statistics; None: it never does.
+      warming: whether this step only gathers statistics, and refreshes no inverses; None: it never does.
 
     Returns:
       The state; its `step` is the same.
@@ -76,13 +76,9 @@ def renew(
         raise TypeError(MISSING_STATISTICS)
     if callable(statistics):
         make: Callable[[], Any] = statistics
+        # Always at the steps of a warm-up: they are all the step 0.
         due = _is_due(state.step, intervals.fisher)
-        state = _if(
-            due if warming is None else warming | due,
-            state,
-            ADDED,
-            lambda: curvature.add(state, make(), active),
-        )
+        state = _if(due, state, ADDED, lambda: curvature.add(state, make(), active))
     elif statistics is not None:
         state = state._replace(**curvature.add(state, statistics, active))
 
