@@ -13,6 +13,7 @@ import tkfac_jax as tkfac
 from benchmarks.runner import Method, Problem
 
 BURN_IN = 10
+DAMPING_INTERVAL = 5
 
 
 def has_kfac_jax() -> bool:
@@ -40,7 +41,8 @@ def kfac_jax_adaptive(
             inverse_update_period=inverse_interval,
             **options,
         ),
-        programs=inverse_interval + 1,
+        # New inverses are a conditional; the step that changes the damping is a program of its own.
+        programs=DAMPING_INTERVAL,
     )
 
 
@@ -67,6 +69,7 @@ class _Step:
             use_adaptive_learning_rate=True,
             use_adaptive_momentum=True,
             use_adaptive_damping=True,
+            damping_adaptation_interval=DAMPING_INTERVAL,
             curvature_update_period=1,
             num_burnin_steps=BURN_IN,
             multi_device=False,

@@ -143,8 +143,7 @@ class Run:
         batches = [self._batch(self.step + i) for i in range(steps)]
         started = time.perf_counter()
         for i, (inputs, targets) in enumerate(batches):
-            key = jax.random.fold_in(jax.random.key(self.seed), self.step + i)
-            self.trees = self.train_step(self.trees, inputs, targets, key)
+            self.trees = self.train_step(self.trees, inputs, targets, self._key(self.step + i))
             if self.averaging is not None:
                 weight = max(1 - self.averaging, 1 / (self.step + i + 1))
                 self.average = _moved(self.average, self.trees[0], weight)
@@ -185,11 +184,14 @@ class Run:
         chosen = self.order[1][place * size : (place + 1) * size]
         return self.problem.inputs[chosen], self.problem.targets[chosen]
 
+    def _key(self, step: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.seed), step)
+
     def _compile(self) -> Any:
         """Makes a few steps on a copy, which compiles every program before time is taken; returns its structure."""
         trees = jax.tree.map(jnp.array, self.trees)
         for _ in range(self.method.programs):
-            trees = self.train_step(trees, *self._batch(0), jax.random.key(0))
+            trees = self.train_step(trees, *self._batch(0), self._key(0))
         if self.averaging is not None:
             jax.block_until_ready(_moved(jax.tree.map(jnp.array, self.average), trees[0], 1.0))
         jax.block_until_ready(trees)

@@ -360,7 +360,48 @@ def test_goals_table():
     ]
 
 
-@pytest.mark.skipif(not has_kfac_jax(), reason="kfac-jax is not installed: see make peers")
+@pytest.fixture
+def compilations():
+    """The seconds of each compilation so far."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.clear_event_listeners()
+
+
+needs_kfac_jax = pytest.mark.skipif(
+    not has_kfac_jax(), reason="kfac-jax is not installed: see make peers"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TKFAC adaptive", "L-BFGS", "Adam", pytest.param("kfac-jax adaptive", marks=needs_kfac_jax)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_no_program_is_compiled_while_time_is_taken(name, compilations):
+    problem = diabetes.diabetes_problem(0)
+    run = Run(problem, contest.trials(problem.likelihood)[name][0], 0)
+    assert compilations
+    compilations.clear()
+    run.advance(23)
+    assert compilations == []
+
+
+def test_intervals_that_differ_have_all_their_programs_compiled(small_autoencoder, compilations):
+    problem = autoencoder.autoencoder_problem(small_autoencoder / "data", 0, (12, 5, 12))
+    run = Run(problem, autoencoder.trials()["TKFAC adaptive"][0], 0)
+    compilations.clear()
+    run.advance(23)
+    assert compilations == []
+
+
+@needs_kfac_jax
 @pytest.mark.filterwarnings("ignore")
 def test_kfac_jax_reduces_the_loss():
     problem = diabetes.diabetes_problem(0)

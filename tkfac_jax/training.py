@@ -61,7 +61,7 @@ def make_train_step(
       predict: the model, `predict(params, *args) -> outputs`.
       likelihood: what the outputs mean, or a mapping (see `sampled_fisher`); the loss is the mean of its `nll` over
         the examples.
-      optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`.
+      optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`, or `adaptive_tkfac(...)`.
       layers: what `find_layers` returned.
       fisher_interval: T_FIM, steps between new statistics. The optimizer's own intervals are not used.
       inverse_interval: T_INV, steps between new inverses.
