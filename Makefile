@@ -13,9 +13,14 @@ KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
 
 # What runs on the oldest and the newest releases: the tests that meet the most of the APIs of JAX, Flax and Optax.
 RELEASE_TESTS := \
+  tests/test_adaptive.py \
   tests/test_calls.py \
   tests/test_composed_layers.py \
   tests/test_distributed.py \
+  tests/test_likelihoods.py \
+  tests/test_objective.py \
+  tests/test_precondition.py \
+  tests/test_quadratic.py \
   tests/test_train_state.py
 
 # The newest Python from 3.12 on that runs, on PATH or among pyenv's. One of pyenv's shims may exist and yet not run.
