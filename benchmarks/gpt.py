@@ -65,6 +65,7 @@ class GPT(nn.Module):
 
     width: int = WIDTH
     blocks: int = BLOCKS
+    context: int = CONTEXT
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -72,7 +73,7 @@ class GPT(nn.Module):
         # Each example looks its positions up by itself: statistics are means over examples.
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         x = nn.Embed(VOCABULARY, self.width, name="tokens")(tokens)
-        x = x + nn.Embed(CONTEXT, self.width, name="positions")(positions)
+        x = x + nn.Embed(self.context, self.width, name="positions")(positions)
         stack = nn.scan(
             Block,
             variable_axes={"params": 0},

@@ -1,4 +1,4 @@
-"""kfac-jax with everything adaptive, as a method of the benchmarks.
+"""kfac-jax as a method of the benchmarks, with everything adaptive or nothing.
 
 `make peers` makes the environment that has it. Without it the methods are left out, and that is said.
 """
@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import tkfac_jax as tkfac
 from benchmarks.runner import Method, Problem
@@ -36,13 +37,38 @@ def kfac_jax_adaptive(
         lambda _: _Deferred(),
         make_step=lambda problem, _: _Step(
             problem,
+            {},
+            use_adaptive_learning_rate=True,
+            use_adaptive_momentum=True,
+            use_adaptive_damping=True,
+            damping_adaptation_interval=DAMPING_INTERVAL,
             initial_damping=initial_damping,
             min_damping=min_damping,
+            curvature_update_period=1,
             inverse_update_period=inverse_interval,
+            num_burnin_steps=BURN_IN,
             **options,
         ),
         # New inverses are a conditional; the step that changes the damping is a program of its own.
         programs=DAMPING_INTERVAL,
+    )
+
+
+def kfac_jax_constant(
+    *, learning_rate: float, damping: float, fisher_interval: int, inverse_interval: int
+) -> Method:
+    """kfac-jax's `Optimizer` with a constant learning rate, momentum and damping."""
+    return Method(
+        "kfac-jax",
+        f"lr {learning_rate:g}, damping {damping:g}, intervals {fisher_interval} and {inverse_interval}",
+        lambda _: _Deferred(),
+        make_step=lambda problem, _: _Step(
+            problem,
+            {"learning_rate": learning_rate, "momentum": 0.9, "damping": damping},
+            curvature_update_period=fisher_interval,
+            inverse_update_period=inverse_interval,
+            num_burnin_steps=0,
+        ),
     )
 
 
@@ -58,20 +84,17 @@ class _Deferred:
 class _Step:
     """A training step of kfac-jax."""
 
-    def __init__(self, problem: Problem, **options: Any):
+    def __init__(self, problem: Problem, settings: dict[str, float], **options: Any):
         self.kfac_jax = importlib.import_module("kfac_jax")
         self.problem = problem
+        # Of every step.
+        self.settings = jax.tree.map(jnp.asarray, settings)
+        self.burn_in = options["num_burnin_steps"]
         self.optimizer = self.kfac_jax.Optimizer(
             jax.value_and_grad(self._loss, has_aux=True),
             l2_reg=0.0,
             value_func_has_aux=True,
             value_func_has_state=False,
-            use_adaptive_learning_rate=True,
-            use_adaptive_momentum=True,
-            use_adaptive_damping=True,
-            damping_adaptation_interval=DAMPING_INTERVAL,
-            curvature_update_period=1,
-            num_burnin_steps=BURN_IN,
             multi_device=False,
             **options,
         )
@@ -87,7 +110,8 @@ class _Step:
             params,
             state,
             key,
-            data_iterator=iter([batch] * (BURN_IN + 1 if begins else 1)),
+            data_iterator=iter([batch] * (self.burn_in + 1 if begins else 1)),
+            **self.settings,
         )
         return params, state, model_state
 

@@ -345,7 +345,11 @@ def _all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 def _all(flags: Mapping[str, Array]) -> Bool[Array, ""]:
-    return functools.reduce(jnp.logical_and, flags.values(), jnp.array(True))
+    if not flags:
+        return jnp.array(True)
+    # XLA copies what leads to a scalar into every operation that takes it, here all flags into all factors: programs
+    # would grow with the square of the number of layers. A sort stays where it is.
+    return jnp.sort(jnp.stack(list(flags.values())))[0]
 
 
 def _total(numbers: Mapping[str, Array]) -> Int[Array, ""]:
