@@ -31,7 +31,7 @@ from tkfac_jax.matrices import (
     rows_moment,
     squared_norms,
 )
-from tkfac_jax.meshes import automatic, vary, varying_axes
+from tkfac_jax.meshes import automatic, sum_over, vary, varying_axes
 from tkfac_jax.routes import Routes
 
 Sharing = Literal["expand", "reduce"]
@@ -304,6 +304,9 @@ def _accumulate(
     if isinstance(form, Convolution) and inputs.ndim == len(form.window) + 2:
         chunk = max(1, CHUNK_BYTES // form.patch_bytes(inputs.shape[-1], gradients))
         if chunk < len(inputs):
+            # A divisor, unless it is much smaller, spares a second program for the rest.
+            divisor = max(size for size in range(1, chunk + 1) if len(inputs) % size == 0)
+            chunk = divisor if 2 * divisor >= chunk else chunk
             return _accumulate_chunks(spec, form, options, inputs, gradients, counting, chunk)
     rows = form.rows(inputs, gradients, spec.has_bias)
     batch, locations = rows[1].shape[-3:-1]
@@ -328,16 +331,18 @@ def _accumulate_chunks(
 
     examples = len(inputs)
     weights = counting.locations(examples, math.prod(gradients.shape[1:-1]), spec.dtype)
-    # The first chunk takes what does not divide evenly, and its sums start the accumulation.
-    first = examples % chunk or chunk
-    arrays = (inputs, gradients, weights)
-    start = jax.tree.map(lambda array: array[:first], arrays)
-    chunks = jax.tree.map(lambda array: array[first:].reshape(-1, chunk, *array.shape[1:]), arrays)
-    return jax.lax.scan(
-        lambda total, chunk: (jax.tree.map(jnp.add, total, statistics_of(*chunk)), None),
-        statistics_of(*start),
-        chunks,
-    )[0]
+
+    # Chunks are cut out where they are used: as the argument of a scan they would be a copy of all of them.
+    def statistics_from(start: Any, size: int = chunk) -> LayerStatistics:
+        arrays = jax.tree.map(
+            lambda array: jax.lax.dynamic_slice_in_dim(array, start, size),
+            (inputs, gradients, weights),
+        )
+        return statistics_of(*arrays)
+
+    rest = examples % chunk
+    sums = sum_over(statistics_from, jnp.arange(rest, examples, chunk))
+    return jax.tree.map(jnp.add, statistics_from(0, rest), sums) if rest else sums
 
 
 def _statistics(

@@ -1,6 +1,5 @@
 """The state of the optimizer, and how statistics and inverses enter it."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -22,6 +21,7 @@ from tkfac_jax.factors import (
     kronecker_factors,
     zero_factors,
 )
+from tkfac_jax.finite import all_finite
 from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
@@ -202,7 +202,7 @@ class Curvature(NamedTuple):
             else:
                 stored = self.storage.store_factors(average_moments(old, new, weight))
             # What is finite before may overflow in the products and quotients.
-            good = {name: _all_finite((statistics[name], stored[name])) for name in active}
+            good = {name: all_finite((statistics[name], stored[name])) for name in active}
             accepted = _all(good)
             kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), stored, factors)
             return kept, good
@@ -338,10 +338,6 @@ def _arrays_apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
 
     return [leaves[i] for i in places], with_arrays
-
-
-def _all_finite(tree: Any) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(array).all() for array in jax.tree.leaves(tree)]).all()
 
 
 def _all(flags: Mapping[str, Array]) -> Bool[Array, ""]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tkfac_jax.joint import check_closed_form
-from tkfac_jax.meshes import vary, varying_axes
+from tkfac_jax.meshes import sum_over
 
 Estimator = Literal["sampled", "empirical", "exact"]
 PullBack = Callable[[Any], Any]
@@ -77,7 +77,7 @@ def sampled_estimate(
         if num_samples == 1:
             return _divide(*one_sample(own_key))
         keys = jax.random.split(own_key, num_samples)
-        sums, examples = _sum_over(one_sample, keys)
+        sums, examples = sum_over(one_sample, keys)
         return _divide(sums, examples)
 
     return estimate
@@ -105,7 +105,7 @@ def exact_estimate(likelihood: Any) -> Callable[[Batch], Estimate]:
                 scaled = jax.tree.map(lambda v: v * jnp.sqrt(jnp.asarray(count, v.dtype)), vector)
                 return pull_back(weighted(scaled, roots)), jnp.asarray(examples)
 
-            return _divide(*_sum_over(one_vector, jnp.arange(count)))
+            return _divide(*sum_over(one_vector, jnp.arange(count)))
 
         return estimate
 
@@ -135,17 +135,6 @@ def weighted(tree: Any, weights: Array | None) -> Any:
     return jax.tree.map(
         lambda leaf: leaf * weights.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), tree
     )
-
-
-def _sum_over(function: Callable[[Any], Any], values: Any) -> Any:
-    """The sum of a function over the first axis of its argument, one value at a time."""
-    first = jax.eval_shape(function, jax.tree.map(lambda v: v[0], values))
-    zeros = jax.tree.map(
-        lambda leaf: vary(jnp.zeros(leaf.shape, leaf.dtype), varying_axes(leaf)), first
-    )
-    return jax.lax.scan(
-        lambda total, value: (jax.tree.map(jnp.add, total, function(value)), None), zeros, values
-    )[0]
 
 
 def _divide(sums: Any, examples: Array) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tkfac_jax.division import Devices, map_matrices
 from tkfac_jax.factors import KroneckerFactors
+from tkfac_jax.finite import finite_matrices
 from tkfac_jax.layers import LayerSpec
 from tkfac_jax.meshes import vary, varying_axes
 from tkfac_jax.threads import limit_lapack_threads
@@ -251,4 +252,4 @@ def _invert_with_retries(
 def _is_good(inverses: Float[Array, "batch n n"]) -> Bool[Array, " batch"]:
     """Finite, and positive on the diagonal, as the inverse of a positive definite matrix is."""
     diagonal = jnp.diagonal(inverses, axis1=-2, axis2=-1)
-    return jnp.isfinite(inverses).all((-2, -1)) & (diagonal > 0).all(-1)
+    return finite_matrices(inverses) & (diagonal > 0).all(-1)

@@ -45,6 +45,17 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
     return jax.tree.map(one, tree)
 
 
+def sum_over(function: Callable[[Any], Any], values: Any) -> Any:
+    """The sum of a function over the first axis of its argument, one value at a time."""
+    first = jax.eval_shape(function, jax.tree.map(lambda v: v[0], values))
+    zeros = jax.tree.map(
+        lambda leaf: vary(jnp.zeros(leaf.shape, leaf.dtype), varying_axes(leaf)), first
+    )
+    return jax.lax.scan(
+        lambda total, value: (jax.tree.map(jnp.add, total, function(value)), None), zeros, values
+    )[0]
+
+
 def mean_over(tree: Any, axis_name: Any) -> Any:
     """The mean of a tree over a mapped axis; None is no axis."""
     if axis_name is None:

@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from tkfac_jax.finite import all_finite
 from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.meshes import automatic, specs_of
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
+
+# XLA takes long to compile the product of a row and a matrix for a CPU. For matrices of no more entries than this, a
+# sum of products is as fast.
+LARGEST_SUMMED = 2**16
 
 
 def precondition_kernel(
@@ -54,9 +59,17 @@ def precondition_kernel(
         coupling = inverses.bias[..., None, :-1].astype(dtype)
         corner = inverses.bias[..., None, -1:].astype(dtype)
         rows = times_psi(phi @ matrix + coupling.mT * last)
-        last = times_psi(coupling @ matrix + corner * last)
+        last = _row_times(coupling, matrix) + corner * last
+        last = _row_times(last, psi) if spec.psi.kind == "full" else times_psi(last)
     kernel_step = layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype)
     return kernel_step, layout.matrix_to_bias(last, bias.shape, stack).astype(bias.dtype)
+
+
+def _row_times(row: Array, matrix: Array) -> Array:
+    """The product of a row and a matrix."""
+    if matrix.shape[-2] * matrix.shape[-1] > LARGEST_SUMMED:
+        return row @ matrix
+    return jnp.sum(row.mT * matrix, axis=-2, keepdims=True)
 
 
 def precondition(
@@ -87,9 +100,7 @@ def precondition(
         kernel_step, bias_step = automatic(
             functools.partial(precondition_kernel, spec), inverse, *given, out=specs_of(given)
         )
-        finite = jnp.isfinite(kernel_step).all()
-        if bias_step is not None:
-            finite &= jnp.isfinite(bias_step).all()
+        finite = all_finite((kernel_step, bias_step))
         good[name] = finite
         steps[spec.kernel] = jnp.where(finite, kernel_step, 0)
         if spec.bias is not None and bias_step is not None:
