@@ -1,0 +1,74 @@
+"""How many floating-point operations a program makes in matrix products, convolutions and factorisations."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+
+def count_operations(fun: Callable[..., Any], *args: Any) -> float:
+    """The operations of a function's matrix products, convolutions, factorisations and triangular solves.
+
+    Counted in the traced program, before XLA simplifies it: the steps of `lax.scan` each, of the branches of
+    `lax.cond` the longest, and the body of `lax.while_loop` once. An addition and a multiplication are two.
+    """
+    return _of_program(jax.make_jaxpr(fun)(*args).jaxpr)
+
+
+def _of_program(program: Any) -> float:
+    return sum(_of_equation(equation) for equation in program.eqns)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name in _COUNTED:
+        return _COUNTED[name](equation)
+    inner = [_of_program(program) for value in params.values() for program in _programs(value)]
+    if name == "cond":
+        return max(inner)
+    return params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+
+
+def _programs(value: Any) -> Iterator[Any]:
+    """The programs that a parameter of an equation holds."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _programs(item)
+    elif hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield value.jaxpr
+
+
+def _product(equation: Any) -> float:
+    left, out = equation.invars[0].aval, equation.outvars[0].aval
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    """Each output takes a product with each tap and channel of its kernel, those that meet padding included."""
+    kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+    outputs = equation.params["dimension_numbers"].rhs_spec[0]
+    taps = kernel.size // kernel.shape[outputs]
+    # Of a dilated input, as in the derivative of a strided convolution, only one tap in so many meets a number.
+    return 2 * out.size * taps / math.prod(equation.params["lhs_dilation"])
+
+
+def _factorisation(equation: Any) -> float:
+    matrices = equation.invars[0].aval
+    return matrices.size * matrices.shape[-1] / 3
+
+
+def _solve(equation: Any) -> float:
+    triangle, right = (variable.aval for variable in equation.invars[:2])
+    return right.size * triangle.shape[-1]
+
+
+_COUNTED = {
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+    "cholesky": _factorisation,
+    "triangular_solve": _solve,
+}

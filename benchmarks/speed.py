@@ -1,0 +1,465 @@
+"""What a step costs: time by kind of step, compilation, memory and the share of the machine's peak, side by side.
+
+    python -m benchmarks.speed [--networks autoencoder resnet20 ...] [--repeats 7] [--out-dir benchmarks/results]
+
+In the environment that `make peers` makes, kfac-jax is measured as well, on the networks that `--peers` names. Inputs are
+noise: nothing is downloaded, and no time depends on them. All methods take turns, a step of each kind in each
+turn; the times are medians over the turns. A step is either plain, or takes new statistics, or new statistics and new inverses; what a
+step costs on average at intervals of the two follows from these. kfac-jax decides inside its program, so that its averages
+are measured over whole cycles.
+"""
+
+import os
+
+# LAPACK's threads would compete with XLA's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import tkfac_jax as tkfac
+from benchmarks.autoencoder import BATCH_SIZE, PIXELS, Autoencoder
+from benchmarks.figures import table
+from benchmarks.gpt import GPT, VOCABULARY
+from benchmarks.networks import VGG16, ResNet, predict_with_batch_stats
+from benchmarks.operations import count_operations
+from benchmarks.peers import has_kfac_jax, kfac_jax_constant
+from benchmarks.runner import Method, Problem, environment
+
+PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
+INTERVALS = ((1, 1), (1, 5), (10, 10), (100, 100))
+# So small that no method leaves its initial parameters.
+RATE = 1e-8
+DAMPING = 0.1
+PEAK_SIZE = 2048
+
+
+class Perceptron(nn.Module):
+    """Many dense layers of one width."""
+
+    depth: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits, as many as the width."""
+        for _ in range(self.depth - 1):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(self.width)(x)
+
+
+def autoencoder(batch_size: int = BATCH_SIZE) -> Problem:
+    """The MNIST autoencoder on noise."""
+    pixels = np.random.default_rng(0).random((batch_size, PIXELS), np.float32)
+    return _without_state(Autoencoder(), tkfac.Bernoulli(), pixels, pixels)
+
+
+def perceptron(depth: int = 100, width: int = 64, batch_size: int = 64) -> Problem:
+    """A deep network of equal layers: what compilation costs."""
+    noise = np.random.default_rng(0).random((batch_size, width), np.float32)
+    return _without_state(Perceptron(depth, width), tkfac.Normal(), noise, noise)
+
+
+def transformer(batch_size: int = 32, context: int = 128) -> Problem:
+    """A GPT of four blocks of width 256 on random tokens."""
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=(batch_size, context + 1))
+    likelihood = tkfac.Categorical(average_positions=True)
+    inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
+    return _without_state(GPT(256, 4, context), likelihood, inputs, targets)
+
+
+def on_images(model: nn.Module, batch_size: int = 128) -> Problem:
+    """A network with BatchNorm on noise of the size of CIFAR's images."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch_size, 32, 32, 3), np.float32)
+    labels = rng.integers(10, size=batch_size).astype(np.int32)
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images[:1])
+    return Problem(
+        predict_with_batch_stats(model),
+        tkfac.Categorical(),
+        variables["params"],
+        variables["batch_stats"],
+        images,
+        labels,
+        batch_size,
+        _nothing,
+    )
+
+
+def _without_state(model: nn.Module, likelihood: Any, inputs: Any, targets: Any) -> Problem:
+    params = jax.jit(model.init)(jax.random.key(0), inputs[:1])["params"]
+
+    def predict(params: Any, model_state: Any, x: Any) -> tuple[Any, Any]:
+        return model.apply({"params": params}, x), model_state
+
+    return Problem(predict, likelihood, params, {}, inputs, targets, len(inputs), _nothing)
+
+
+def _nothing(params: Any, model_state: Any) -> dict[str, float]:
+    del params, model_state
+    return {}
+
+
+NETWORKS: dict[str, Callable[[], Problem]] = {
+    "autoencoder": autoencoder,
+    "resnet20": lambda: on_images(ResNet(20)),
+    "vgg16": lambda: on_images(VGG16()),
+    "transformer": transformer,
+    "mlp100": perceptron,
+}
+
+
+def methods() -> list[Method]:
+    """The methods that are compared; the first one is what ratios are to."""
+    return [
+        Method("SGD-momentum", "", lambda _: optax.sgd(RATE, momentum=0.9)),
+        Method("Adam", "", lambda _: optax.adam(RATE)),
+        Method("Muon", "", lambda _: optax.contrib.muon(RATE)),
+        Method(
+            "KFAC",
+            "",
+            lambda layers: tkfac.kfac(RATE, layers, damping=DAMPING),
+            1,
+            tkfac.independent,
+        ),
+        Method("TKFAC", "", lambda layers: tkfac.tkfac(RATE, layers, damping=DAMPING), 1),
+    ]
+
+
+class Contender:
+    """A method on a problem: a compiled program for each kind of step, and the state that they share."""
+
+    def __init__(self, problem: Problem, method: Method):
+        """Compiles the programs, and says how long that took."""
+        self.problem, self.name = problem, method.name
+        layers = problem.find_layers()
+        self.optimizer = method.build(layers)
+        params = jax.tree.map(jnp.array, problem.params)
+        self.trees = (params, jax.jit(self.optimizer.init)(params))
+        self.batch = jax.tree.map(jnp.asarray, (problem.inputs, problem.targets))
+        self.programs: dict[str, Any] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        for kind in KINDS if method.interval else (PLAIN,):
+            step = self._step(kind, method, layers)
+            started = time.perf_counter()
+            program = jax.jit(step, donate_argnums=(0, 1)).lower(*self.trees, *self.batch).compile()
+            compile_seconds = time.perf_counter() - started
+            memory = program.memory_analysis()
+            self.programs[kind] = program
+            self.facts[kind] = {
+                "compile_seconds": compile_seconds,
+                "temporary_mb": memory.temp_size_in_bytes / 1e6,
+                "peak_mb": (
+                    memory.argument_size_in_bytes
+                    + memory.output_size_in_bytes
+                    - memory.alias_size_in_bytes
+                    + memory.temp_size_in_bytes
+                )
+                / 1e6,
+                "gflop": count_operations(step, *self.trees, *self.batch) / 1e9,
+                "ms": [],
+            }
+            # The first run of a program is slower; statistics of zeros could not be inverted.
+            self.run(INVERSES if INVERSES in self.programs else kind)
+
+    def run(self, kind: str) -> float:
+        """Makes a step; its milliseconds."""
+        started = time.perf_counter()
+        self.trees = self.programs[kind](*self.trees, *self.batch)
+        jax.block_until_ready(self.trees)
+        return 1e3 * (time.perf_counter() - started)
+
+    def measure(self) -> None:
+        """Makes a step of each kind, and writes its time down."""
+        for kind, facts in self.facts.items():
+            facts["ms"].append(self.run(kind))
+
+    def measure_process(self) -> None:
+        """By how much the process grows during a step of each kind, where the system tells."""
+        for kind, facts in self.facts.items():
+            facts["process_mb"] = growth_during(lambda kind=kind: self.run(kind))
+
+    def record(self) -> dict[str, Any]:
+        """What was measured, and what follows for a step on average."""
+        kinds = {
+            kind: facts | {"median_ms": float(np.median(facts["ms"]))}
+            for kind, facts in self.facts.items()
+        }
+        medians = {kind: facts["median_ms"] for kind, facts in kinds.items()}
+        averages = {_pair(*pair): average(medians, *pair) for pair in INTERVALS}
+        return {"method": self.name, "kinds": kinds, "average_ms": averages}
+
+    def _step(self, kind: str, method: Method, layers: tkfac.Layers) -> Callable[..., Any]:
+        problem, optimizer, key = self.problem, self.optimizer, jax.random.key(1)
+        with_fisher = tkfac.value_and_grad_with_fisher(
+            problem.predict, problem.likelihood, layers, rule=method.rule, has_aux=True
+        )
+
+        def loss_fn(params: Any, inputs: Any, targets: Any) -> Any:
+            outputs, model_state = problem.predict(params, problem.model_state, inputs)
+            return problem.likelihood.nll(outputs, targets).mean(), model_state
+
+        def step(params: Any, opt_state: Any, inputs: Any, targets: Any) -> Any:
+            options: dict[str, Any] = {}
+            if kind == PLAIN:
+                _, gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, inputs, targets)
+                statistics = None
+            else:
+                _, gradient, statistics = with_fisher(
+                    params, problem.model_state, inputs, targets=targets, key=key
+                )
+            if method.interval is not None:
+                options = {"statistics": statistics, "refresh_inverses": kind == INVERSES}
+            updates, opt_state = optimizer.update(gradient, opt_state, params, **options)
+            return optax.apply_updates(params, updates), opt_state
+
+        return step
+
+
+class Peer:
+    """kfac-jax on a problem, an optimizer for each pair of intervals."""
+
+    def __init__(self, problem: Problem, intervals: Sequence[tuple[int, int]]):
+        """Makes the first step of each, which compiles it."""
+        self.name = "kfac-jax"
+        self.batch = jax.tree.map(jnp.asarray, (problem.inputs, problem.targets))
+        # At intervals of 100 the two kinds of steps are those at intervals of 10.
+        self.intervals = [pair for pair in intervals if pair != (100, 100)]
+        self.steps, self.trees, self.ms = {}, {}, {}
+        for pair in self.intervals:
+            method = kfac_jax_constant(
+                learning_rate=RATE,
+                damping=DAMPING,
+                fisher_interval=pair[0],
+                inverse_interval=pair[1],
+            )
+            assert method.make_step is not None  # noqa: S101
+            self.steps[pair] = method.make_step(problem, None)
+            self.trees[pair] = (jax.tree.map(jnp.array, problem.params), {}, problem.model_state)
+            self.ms[pair] = []
+            self._run(pair)
+
+    def measure(self) -> None:
+        """Makes all steps of a cycle at each pair of intervals, beginning with the one after new inverses."""
+        for pair in self.intervals:
+            self.ms[pair].append([self._run(pair) for _ in range(math.lcm(*pair))])
+
+    def measure_process(self) -> None:
+        """By how much the process grows during a cycle."""
+        self.process_mb = {
+            _pair(*pair): growth_during(
+                lambda pair=pair: [self._run(pair) for _ in range(math.lcm(*pair))]
+            )
+            for pair in self.intervals
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What was measured."""
+        averages = {
+            _pair(*pair): float(np.mean(np.median(cycles, axis=0)))
+            for pair, cycles in self.ms.items()
+        }
+        if (10, 10) in self.ms:
+            places = np.median(self.ms[10, 10], axis=0)
+            averages[_pair(100, 100)] = float((99 * np.median(places[:-1]) + places[-1]) / 100)
+        return {
+            "method": self.name,
+            "kinds": {},
+            "average_ms": averages,
+            "process_mb": getattr(self, "process_mb", {}),
+        }
+
+    def _run(self, pair: tuple[int, int]) -> float:
+        started = time.perf_counter()
+        self.trees[pair] = self.steps[pair](self.trees[pair], *self.batch, jax.random.key(0))
+        jax.block_until_ready(self.trees[pair])
+        return 1e3 * (time.perf_counter() - started)
+
+
+def average(medians: Mapping[str, float], fisher_interval: int, inverse_interval: int) -> float:
+    """The mean time of a step at a pair of intervals, from the times of the kinds of steps."""
+
+    def kind_at(step: int) -> str:
+        if len(medians) == 1:
+            return PLAIN
+        if step % inverse_interval == 0:
+            return INVERSES
+        return PLAIN if step % fisher_interval else STATISTICS
+
+    cycle = math.lcm(fisher_interval, inverse_interval)
+    return sum(medians[kind_at(step)] for step in range(cycle)) / cycle
+
+
+def growth_during(action: Callable[[], Any]) -> float | None:
+    """By how many MB the resident memory of this process grows while something runs, on Linux; else None."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    action()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1e3
+
+
+class Peak:
+    """The machine's rate in a product of two large matrices."""
+
+    def __init__(self, size: int = PEAK_SIZE):
+        """Compiles the product."""
+        self.matrix = jnp.ones((size, size))
+        self.product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+        self.gflops: list[float] = []
+        jax.block_until_ready(self.product(self.matrix))
+
+    def measure(self) -> None:
+        """Makes the product, and writes the rate down."""
+        started = time.perf_counter()
+        jax.block_until_ready(self.product(self.matrix))
+        self.gflops.append(2 * len(self.matrix) ** 3 / (time.perf_counter() - started) / 1e9)
+
+
+def measure(
+    title: str, problem: Problem, repeats: int, peer_intervals: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
+    """All methods on a problem, in turns."""
+    contenders: list[Contender | Peer] = []
+    chosen = methods()
+    with tqdm(total=len(chosen) + bool(peer_intervals) + repeats + 1, desc=title) as bar:
+        for method in chosen:
+            contenders.append(Contender(problem, method))
+            bar.update()
+        if peer_intervals:
+            contenders.append(Peer(problem, peer_intervals))
+            bar.update()
+        peak = Peak()
+        for _ in range(repeats):
+            peak.measure()
+            for contender in contenders:
+                contender.measure()
+            bar.update()
+        for contender in contenders:
+            contender.measure_process()
+        bar.update()
+    return {
+        "environment": environment(),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
+        "batch_size": problem.batch_size,
+        "repeats": repeats,
+        "peak_gflops": float(np.median(peak.gflops)),
+        "methods": [contender.record() for contender in contenders],
+    }
+
+
+def _pair(fisher_interval: int, inverse_interval: int) -> str:
+    return f"{fisher_interval}/{inverse_interval}"
+
+
+def times_table(result: Mapping[str, Any]) -> str:
+    """Milliseconds by kind of step and on average; in brackets as multiples of the first method's plain step."""
+    base = result["methods"][0]["kinds"][PLAIN]["median_ms"]
+    pairs = [_pair(*pair) for pair in INTERVALS]
+    rows = [["method", *KINDS, *(f"average {pair}" for pair in pairs)]]
+    for record in result["methods"]:
+        row = [record["method"]]
+        for kind in KINDS:
+            facts = record["kinds"].get(kind)
+            row.append("" if facts is None else f"{facts['median_ms']:.0f}")
+        second_order = len(record["kinds"]) != 1
+        for pair in pairs:
+            known = record["average_ms"].get(pair)
+            shown = second_order and known is not None
+            row.append(f"{known:.0f} ({known / base:.2f})" if shown else "")
+        rows.append(row)
+    return table(rows)
+
+
+def programs_table(result: Mapping[str, Any]) -> str:
+    """What compiling each program takes, its memory, and its share of the machine's peak."""
+    base = result["methods"][0]["kinds"][PLAIN]
+    rows = [
+        [
+            "step",
+            "compile, s",
+            "ratio",
+            "peak memory, MB",
+            "more",
+            "process grows, MB",
+            "GFLOP",
+            "GFLOP/s",
+            "share of peak",
+        ]
+    ]
+    for record in result["methods"]:
+        for kind, facts in record["kinds"].items():
+            rate = facts["gflop"] / facts["median_ms"] * 1e3
+            grows = facts["process_mb"]
+            rows.append(
+                [
+                    f"{record['method']}, {kind}" if len(record["kinds"]) > 1 else record["method"],
+                    f"{facts['compile_seconds']:.1f}",
+                    f"{facts['compile_seconds'] / base['compile_seconds']:.2f}",
+                    f"{facts['peak_mb']:.0f}",
+                    f"{facts['peak_mb'] - base['peak_mb']:.0f}",
+                    "" if grows is None else f"{grows:.0f}",
+                    f"{facts['gflop']:.1f}",
+                    f"{rate:.0f}",
+                    f"{rate / result['peak_gflops']:.2f}",
+                ]
+            )
+    return table(rows)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--repeats", type=int, default=7, help="turns of all methods")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=list(NETWORKS),
+        default=["autoencoder"],
+        help="networks on which kfac-jax is measured; on resnet20 a step of it takes a minute or more",
+    )
+    parser.add_argument("--out-dir", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    path = options.out_dir / f"speed-{jax.default_backend()}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    peers = options.peers if has_kfac_jax() else []
+    for name in options.networks:
+        # Where a step of kfac-jax takes a minute, only the intervals that it is used with.
+        intervals = INTERVALS if name == "autoencoder" else [(1, 5)]
+        result = measure(
+            name, NETWORKS[name](), options.repeats, intervals if name in peers else ()
+        )
+        results[name] = result
+        path.write_text(json.dumps(results, indent=1))
+        print(
+            f"\n{name}: {result['parameters']:,} parameters, batch of {result['batch_size']}, "
+            f"matrix products at {result['peak_gflops']:.0f} GFLOP/s\n"
+        )
+        print(times_table(result), "\n")
+        print(programs_table(result), "\n")
+
+
+if __name__ == "__main__":
+    main()
