@@ -37,6 +37,7 @@ class Problem(NamedTuple):
       targets: training targets.
       batch_size: examples of a step; what is left over at the end of an epoch is dropped.
       evaluate: `evaluate(params, model_state) -> figures`, a dictionary of floats with `train_loss`.
+      augment: `augment(inputs, rng) -> inputs`, random changes of each training batch; None: no changes.
     """
 
     predict: Callable[..., Any]
@@ -47,6 +48,7 @@ class Problem(NamedTuple):
     targets: np.ndarray
     batch_size: int
     evaluate: Callable[[Any, Any], dict[str, float]]
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
 
     def find_layers(self) -> tkfac.Layers:
         """The layers of the model, found on a batch."""
@@ -121,11 +123,12 @@ class Run:
         self.step, self.seconds, self.step_ms = 0, 0.0, []
         self.averaging = averaging
         self.average = None if averaging is None else jax.tree.map(jnp.array, params)
-        self.curve = [{"step": 0, "seconds": 0.0, **self._evaluate()}]
         self.order: tuple[int, Any] = (-1, None)
         structure = self._compile()
         if self.checkpoint and self.checkpoint.exists():
             self._restore(self.checkpoint, structure)
+        else:
+            self.curve = [{"step": 0, "seconds": 0.0, **self._evaluate()}]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -182,7 +185,11 @@ class Run:
             self.order = (epoch, permutation)
         size = self.problem.batch_size
         chosen = self.order[1][place * size : (place + 1) * size]
-        return self.problem.inputs[chosen], self.problem.targets[chosen]
+        inputs, targets = self.problem.inputs[chosen], self.problem.targets[chosen]
+        if self.problem.augment is not None:
+            # Of the step alone, so that a resumed run sees the same inputs; the 1 tells it from the order's seed.
+            inputs = self.problem.augment(inputs, np.random.default_rng((self.seed, step, 1)))
+        return inputs, targets
 
     def _key(self, step: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.seed), step)
@@ -301,7 +308,10 @@ def race_for(runs: Sequence[Run], seconds: float, turn: int, title: str) -> None
 def best_of(
     problem: Problem, trials: Sequence[Method], steps: int, turn: int, seed: int, folder: Path
 ) -> tuple[Method, list[dict[str, Any]]]:
-    """Runs all trials of one method for some steps; returns the best one and what all reached."""
+    """Runs all trials of one method for some steps; returns the best one and what all reached.
+
+    A trial that is stopped goes on from its checkpoint, which lies in the folder until the trial is written down.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for method in trials:
@@ -309,12 +319,13 @@ def best_of(
         if written.exists():
             records.append(json.loads(written.read_text()))
             continue
-        run = Run(problem, method, seed)
+        run = Run(problem, method, seed, folder)
         race([run], steps, turn, f"{method.name} {method.settings}")
         records.append(
             {"settings": method.settings, "steps": steps, "train_loss": _json_number(run.loss)}
         )
         written.write_text(json.dumps(records[-1]))
+        (folder / f"{method.slug}.msgpack").unlink(missing_ok=True)
     losses = [np.inf if r["train_loss"] is None else r["train_loss"] for r in records]
     return trials[int(np.argmin(losses))], records
 
