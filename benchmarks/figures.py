@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -109,6 +110,22 @@ def goals_table(
                 )
             )
     return table(rows)
+
+
+def mean_and_deviation(values: Sequence[float], form: str) -> str:
+    """The mean in a format and, of several values, their sample standard deviation."""
+    mean = f"{np.mean(values):{form}}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):{form}}"
+
+
+def mean_curve(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """The means of all figures of several runs, at the steps at which all were evaluated."""
+    points = [{point["step"]: point for point in curve} for curve in curves]
+    shared = sorted(set.intersection(*map(set, points)))
+    return [
+        {name: float(np.mean([run[step][name] for run in points])) for name in points[0][step]}
+        for step in shared
+    ]
 
 
 def plot_curves(

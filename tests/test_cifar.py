@@ -1,11 +1,19 @@
+import functools
 import hashlib
+import json
+import sys
 import tarfile
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from benchmarks import cifar_data
+from benchmarks import cifar, cifar_data, runner
 from benchmarks.cifar_data import FORMATS
+from benchmarks.figures import mean_and_deviation, mean_curve
 
 
 def write_records(path, images, *labels):
@@ -145,3 +153,234 @@ def test_augmentation_is_a_function_of_the_generator():
     )
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+class Small(nn.Module):
+    """One convolution with BatchNorm and one dense layer, which compile in a moment."""
+
+    classes: int
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(3, (3, 3), strides=8)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+        return nn.Dense(self.classes)(x.reshape(len(x), -1))
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A small data set, and a small network by the name of ResNet20."""
+    make_cifar(tmp_path / "data")
+    monkeypatch.setattr(cifar, "BATCH_SIZE", 16)
+    monkeypatch.setattr(cifar, "INTERVAL", 3)
+    monkeypatch.setattr(cifar, "EVALUATION_BATCH", 7)
+    monkeypatch.setitem(cifar.NETWORKS, "resnet20", Small)
+    return tmp_path
+
+
+def test_evaluation_is_of_whole_images_at_rest(small):
+    data = cifar.load_cifar(small / "data", "cifar10")
+    model = Small(10, 1.0)
+    problem = cifar.cifar_problem(data, model, 0, evaluation_examples=20)
+    method = cifar.trials(2, "resnet20", 100)["SGDM"][0]
+    run = runner.Run(problem, method, 0)
+    run.advance(3)
+    params, _, batch_stats = run.trees
+    mean, deviation = (f(data.train[0], axis=(0, 1, 2)) for f in (np.mean, np.std))
+    for split, count in (("train", 20), ("test", 16)):
+        images, labels = (array[:count] for array in getattr(data, split))
+        logits = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            jnp.asarray((images - mean) / deviation, jnp.float32),
+            train=False,
+        )
+        losses = -jax.nn.log_softmax(logits)[np.arange(count), labels]
+        # Single precision.
+        np.testing.assert_allclose(run.curve[-1][f"{split}_loss"], losses.mean(), rtol=1e-4)
+        accuracy = (logits.argmax(-1) == labels).mean()
+        np.testing.assert_allclose(run.curve[-1][f"{split}_accuracy"], accuracy, rtol=1e-6)
+
+
+def test_every_batch_is_augmented_anew_and_by_seed_and_step_alone(small):
+    """Of a set whose images are all the same one, batches differ by their augmentation only."""
+    data = cifar.load_cifar(small / "data", "cifar10")
+    images, labels = data.train
+    data = data._replace(train=(np.broadcast_to(images[:1], images.shape), labels))
+    problem = cifar.cifar_problem(data, Small(10, 1.0), 0)
+    problem = problem._replace(evaluate=lambda *_: {"train_loss": 0.0})
+
+    def batches(seed, *turns):
+        seen = []
+
+        def record(trees, inputs, targets, key):
+            seen.append(inputs)
+            return trees
+
+        method = runner.Method(
+            "none", "", lambda _: optax.identity(), make_step=lambda *_: record, programs=0
+        )
+        run = runner.Run(problem, method, seed)
+        for turn in turns:
+            run.advance(turn)
+        return np.stack(seen)
+
+    received = batches(0, 7)
+    np.testing.assert_array_equal(received, batches(0, 2, 5))
+    assert len(np.unique(received, axis=0)) == 7
+    assert not np.array_equal(received, batches(1, 7))
+    # Neither all as they were nor all alike.
+    assert len(np.unique(received[0], axis=0)) > 8
+
+
+@pytest.mark.parametrize(
+    ("drop", "expected"),
+    [
+        (cifar.SECOND_ORDER_DROP, {0: 1, 39: 1, 40: 0.1, 79: 0.1, 80: 0.01, 199: 1e-4}),
+        (cifar.FIRST_ORDER_DROP, {0: 1, 59: 1, 60: 0.1, 119: 0.1, 120: 0.01, 199: 1e-3}),
+    ],
+)
+def test_rates_drop_as_in_the_paper(drop, expected):
+    rate = cifar.schedule(0.3, drop, 2000)
+    for epoch, factor in expected.items():
+        np.testing.assert_allclose(rate(10 * epoch), 0.3 * factor, rtol=1e-5)
+        np.testing.assert_allclose(rate(10 * epoch + 9), 0.3 * factor, rtol=1e-5)
+    assert cifar.schedule(0.3, drop, None) == 0.3
+
+
+@pytest.mark.parametrize("experiment", cifar.TABLE_2)
+def test_every_method_has_five_trials_on_the_grids_and_table_2_comes_first(experiment):
+    settings = cifar.TABLE_2[experiment]
+    for name, methods in cifar.trials(*experiment, 100).items():
+        assert len({method.slug for method in methods}) == len(methods) == 5
+        tried = cifar.neighbours(name, settings[name])
+        assert tried[0] == settings[name]
+        for setting in tried[1:]:
+            changed = [
+                what
+                for what, new, old in zip(cifar.NUMBERS[name], setting, tried[0], strict=True)
+                if new != old
+            ]
+            assert len(changed) == 1
+            assert setting[cifar.NUMBERS[name].index(changed[0])] in cifar.GRIDS[changed[0]]
+
+
+def test_neighbours_of_table_2():
+    assert cifar.neighbours("Adam", (3e-4, 1e-8)) == [
+        (3e-4, 1e-8),
+        (1e-4, 1e-8),
+        (1e-3, 1e-8),
+        (3e-3, 1e-8),
+        (1e-2, 1e-8),
+    ]
+    assert cifar.neighbours("TKFAC_new", (1e-3, 1e-3, 1.0)) == [
+        (1e-3, 1e-3, 1.0),
+        (3e-4, 1e-3, 1.0),
+        (3e-3, 1e-3, 1.0),
+        (1e-3, 1e-3, 0.1),
+        (1e-3, 1e-3, 10.0),
+    ]
+
+
+def command(monkeypatch, folder, out, *more):
+    arguments = ["--data-dir", str(folder / "data"), "--out-dir", str(out), *more]
+    monkeypatch.setattr(sys, "argv", ["cifar", *arguments])
+    cifar.main()
+    (written,) = out.glob("*.json")
+    return json.loads(written.read_text())
+
+
+def test_the_command_trains_all_methods(small, monkeypatch, capsys):
+    results = command(monkeypatch, small, small / "out", "--epochs", "4")
+    assert [run["method"] for run in results["runs"]] == list(cifar.NUMBERS)
+    for run in results["runs"]:
+        assert [point["step"] for point in run["curve"]] == [0, 5, 10, 15, 20]
+        assert np.isfinite(run["curve"][-1]["train_loss"])
+    ends = {run["method"]: run["curve"][-1]["train_loss"] for run in results["runs"]}
+    assert len(set(ends.values())) == 5
+    (picture,) = (small / "out").glob("*.png")
+    assert picture.stat().st_size > 10_000
+    assert "| TKFAC_new | lr 0.001, damping 0.001, floor 0.01 |" in capsys.readouterr().out
+
+
+def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
+    options = ["--methods", "TKFAC_new", "--seeds", "0", "1", "--tune", "--tuning-epochs", "1"]
+    options += ["--epochs", "2", "--turn", "4", "--dataset", "cifar10"]
+    two = lambda part, network, steps: {"TKFAC_new": trials(part, network, steps)["TKFAC_new"][:2]}  # noqa: E731
+    trials = cifar.trials
+    monkeypatch.setattr(cifar, "trials", two)
+    whole = command(monkeypatch, small, small / "whole", *options)
+    printed = capsys.readouterr().out
+    assert "±" in printed
+    assert len(whole["tuning"]["TKFAC_new"]) == 2
+
+    advance = runner.Run.advance
+    calls = []
+
+    def stopping(run, steps):
+        # Within the first trial and within the run of the second seed.
+        calls.append(run)
+        if len(calls) in (2, 10):
+            raise KeyboardInterrupt
+        advance(run, steps)
+
+    monkeypatch.setattr(runner.Run, "advance", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            command(monkeypatch, small, small / "parts", *options)
+    parts = command(monkeypatch, small, small / "parts", *options)
+    # Two trials of two turns and two runs of three, and the two calls that were stopped.
+    assert len(calls) == 2 * 2 + 2 * 3 + 2
+    assert parts["tuning"] == whole["tuning"]
+    for received, expected in zip(parts["runs"], whole["runs"], strict=True):
+        assert received["seed"] == expected["seed"]
+        for one, other in zip(received["curve"], expected["curve"], strict=True):
+            assert one | {"seconds": 0} == other | {"seconds": 0}
+    first, second = (run["curve"][-1]["train_loss"] for run in whole["runs"])
+    assert first != second
+    left = [path.name for path in (small / "parts").rglob("tuning*/*")]
+    assert len(left) == 2
+    assert all(name.endswith(".json") for name in left)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "1"], "Table 2 has no settings of part 1 for resnet20"),
+        (
+            ["--part", "1", "--network", "vgg16", "--methods", "TKFAC_new"],
+            "part 1 of the paper is without TKFAC_new",
+        ),
+    ],
+)
+def test_what_the_paper_has_not_is_refused(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["cifar", "--data-dir", "x", *arguments])
+    with pytest.raises(SystemExit):
+        cifar.parse_options()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "widest"), [("resnet20", 19, 32), ("resnet32", 31, 32), ("vgg16", 13, 256)]
+)
+def test_networks_have_the_classes_and_the_width_asked_for(name, depth, widest):
+    init = functools.partial(cifar.NETWORKS[name](100, 0.5).init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    assert params["Dense_0"]["bias"].shape == (100,)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
+    assert len(kernels) == depth
+    assert max(shape[-1] for shape in kernels) == widest
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation([2.0], ".1f") == "2.0"
+    # The sample's deviation: the root of (1 + 1) / (2 - 1).
+    assert mean_and_deviation([2.0, 4.0], ".3f") == "3.000 ± 1.414"
+
+
+def test_mean_curve_takes_the_steps_that_all_have():
+    curves = [
+        [{"step": 0, "loss": 1.0}, {"step": 5, "loss": 2.0}],
+        [{"step": 0, "loss": 2.0}, {"step": 4, "loss": 9.0}, {"step": 5, "loss": 4.0}],
+    ]
+    assert mean_curve(curves) == [{"step": 0.0, "loss": 1.5}, {"step": 5.0, "loss": 3.0}]
