@@ -331,6 +331,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.part, options.network) not in TABLE_2:
         parser.error(f"Table 2 has no settings of part {options.part} for {options.network}.")
+    if options.examples is not None and options.examples < BATCH_SIZE:
+        parser.error(f"--examples {options.examples} is less than a batch of {BATCH_SIZE}.")
     settings = TABLE_2[options.part, options.network]
     options.methods = options.methods or list(settings)
     for name in options.methods:

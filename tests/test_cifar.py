@@ -351,9 +351,10 @@ def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
             ["--part", "1", "--network", "vgg16", "--methods", "TKFAC_new"],
             "part 1 of the paper is without TKFAC_new",
         ),
+        (["--examples", "127"], "--examples 127 is less than a batch of 128"),
     ],
 )
-def test_what_the_paper_has_not_is_refused(monkeypatch, capsys, arguments, message):
+def test_wrong_options_are_refused(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["cifar", "--data-dir", "x", *arguments])
     with pytest.raises(SystemExit):
         cifar.parse_options()
