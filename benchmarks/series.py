@@ -1,0 +1,36 @@
+"""The curve of a run as columns of numbers, for JSON that stays small."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def columns(curve: Sequence[Mapping[str, float]], digits: int = 5) -> dict[str, list[float | None]]:
+    """The points of a curve as columns, without the seconds: None where a point lacks a figure or it is not finite."""
+    names = dict.fromkeys(name for point in curve for name in point if name != "seconds")
+    return {name: [rounded(point.get(name), digits) for point in curve] for name in names}
+
+
+def rounded(value: float | None, digits: int = 5) -> float | None:
+    """A number with so many significant digits; None where it is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
+
+
+def write_json(results: Mapping[str, Any], path: Path) -> None:
+    """Writes results with one line for each entry of the two outer levels."""
+    outer = []
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            inner = [f"  {json.dumps(key)}: {_line(entry)}" for key, entry in value.items()]
+            outer.append(f" {json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n }")
+        else:
+            outer.append(f" {json.dumps(name)}: {_line(value)}")
+    path.write_text("{\n" + ",\n".join(outer) + "\n}\n")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
