@@ -42,7 +42,8 @@ DISTANCES = (1, 2, 4)
 SHUFFLED = 4
 # Locations in the pictures' enlarged parts.
 ENLARGED = 64
-SHADES: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+# Few colours, for small files.
+SHADES: dict[str, Any] = {"cmap": plt.get_cmap("viridis", 20), "vmin": 0, "vmax": 1}
 
 
 class Entry(NamedTuple):
@@ -344,7 +345,8 @@ def main() -> None:
             if not written.exists():
                 advance_to(step, run, options.turn)
                 save(measure(problem, run, compute, options.examples, seed), written)
-            found[step] = load(written)
+            loaded = load(written)
+            found[step] = {name: loaded[name] for name in entries}
         summaries[str(seed)] = {
             str(step): {name: summarise(own) for name, own in layers.items()}
             for step, layers in found.items()
