@@ -138,10 +138,12 @@ class WatchedRun(Run):
         return figures
 
     def _report(self) -> dict[str, float]:
+        found = self._figures(self.trees[1])
+        # jax.jit sorts names; layers have an order.
         return {
-            f"{name} {figure}": float(value)
-            for name, own in self._figures(self.trees[1]).items()
-            for figure, value in own.items()
+            f"{name} {figure}": float(found[name][figure])
+            for name in self.layers
+            for figure in FIGURES
         }
 
 
