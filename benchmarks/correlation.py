@@ -43,7 +43,12 @@ SHUFFLED = 4
 # Locations in the pictures' enlarged parts.
 ENLARGED = 64
 # Few colours, for small files.
-SHADES: dict[str, Any] = {"cmap": plt.get_cmap("viridis", 20), "vmin": 0, "vmax": 1}
+SHADES: dict[str, Any] = {
+    "cmap": plt.get_cmap("viridis", 20),
+    "vmin": 0,
+    "vmax": 1,
+    "interpolation_stage": "data",
+}
 
 
 class Entry(NamedTuple):
@@ -289,7 +294,7 @@ def plot_along_training(found: Mapping[int, Mapping[str, Correlations]], path: P
     for row, (step, own) in zip(panels, found.items(), strict=True):
         for panel, name in zip(row, layers, strict=True):
             part = middle(own[name].absolute, ENLARGED)
-            panel.imshow(part, **SHADES)
+            panel.imshow(part, **SHADES, interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.set_title(name, fontsize=8)
         row[0].set_ylabel(f"step {step}")

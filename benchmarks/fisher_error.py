@@ -242,7 +242,7 @@ def plot_blocks(blocks: Mapping[str, Mapping[str, jax.Array]], path: Path) -> No
         # The few largest entries would leave the others black.
         white = float(np.quantile(exact, 0.99))
         for panel, (title, image) in zip(row, images.items(), strict=True):
-            panel.imshow(image, cmap=shades, vmin=0, vmax=white)
+            panel.imshow(image, cmap=shades, vmin=0, vmax=white, interpolation_stage="data")
             panel.set(xticks=[], yticks=[])
             panel.set_title(title, fontsize=9)
         row[0].set_ylabel(name)
