@@ -2,7 +2,7 @@
 
     python -m benchmarks.damping --data-dir DIR [--steps 2000] [--seeds 0] [--out-dir results/damping]
 
-`--steps 100 --interval 10 --turn 10` is a run of a few minutes on two cores. Three runs side by side: normal damping,
+`--steps 60 --interval 10 --turn 10` is a run of a few minutes on two cores. Three runs side by side: normal damping,
 trace damping, and trace damping without a floor of the traces. Every `--turn` steps the trace and the damping ratios of
 every layer are written down, as `tkfac_jax.diagnostics` gives them. The official binary files are read from DIR.
 A run that is stopped goes on where it was when the command is given again.

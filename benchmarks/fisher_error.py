@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,8 @@ def main() -> None:
         curves[str(seed)] = columns(run.curve)
         if not blocks:
             layers = tkfac.Layers(tuple(run.layers.values())[1:-1])
-            blocks = approximated_blocks(problem.predict, layers, run.trees[0], jnp.asarray(chosen))
+            at_end = functools.partial(approximated_blocks, problem.predict, layers)
+            blocks = jax.jit(at_end)(run.trees[0], chosen)
     found, summary = list(curves.values()), summarise(list(curves.values()))
     print(training_table(found))
     print(layer_table(found))
