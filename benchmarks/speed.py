@@ -2,11 +2,11 @@
 
     python -m benchmarks.speed [--networks autoencoder resnet20 ...] [--repeats 7] [--out-dir benchmarks/results]
 
-In the environment that `make peers` makes, kfac-jax is measured as well, on the networks that `--peers` names. Inputs are
-noise: nothing is downloaded, and no time depends on them. All methods take turns, a step of each kind in each
-turn; the times are medians over the turns. A step is either plain, or takes new statistics, or new statistics and new inverses; what a
-step costs on average at intervals of the two follows from these. kfac-jax decides inside its program, so that its averages
-are measured over whole cycles.
+In the environment that `make peers` makes, kfac-jax is measured as well, on the networks that `--peers` names. Inputs
+are noise: nothing is downloaded, and no time depends on them. All methods take turns, a step of each kind in each
+turn; the times are medians over the turns. A step is either plain, or takes new statistics, or new statistics and new
+inverses; what a step costs on average at intervals of the two follows from these. kfac-jax decides inside its
+program, so that its averages are measured over whole cycles.
 """
 
 import os
@@ -156,7 +156,7 @@ class Contender:
             started = time.perf_counter()
             program = jax.jit(step, donate_argnums=(0, 1)).lower(*self.trees, *self.batch).compile()
             compile_seconds = time.perf_counter() - started
-            memory = program.memory_analysis()
+            memory: Any = program.memory_analysis()
             self.programs[kind] = program
             self.facts[kind] = {
                 "compile_seconds": compile_seconds,

@@ -92,6 +92,33 @@ def test_each_kind_of_step_is_a_program_that_is_traced_once():
         assert len(traces) == min(t + 1, 3)
 
 
+@pytest.mark.parametrize("estimator", ["sampled", "empirical", "exact"])
+def test_statistics_of_a_program_of_their_own_are_the_same(estimator):
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers)
+    weights = jnp.arange(1.0, 1.0 + len(x))
+    ends = []
+    for apart in (False, True):
+        step = tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=2,
+            inverse_interval=4,
+            estimator=estimator,
+            statistics_apart=apart,
+        )
+        received, state = copy(params), init(optimizer, params)
+        for key in KEYS[:5]:
+            received, state, metrics = step(
+                received, state, x, targets=y, key=key, example_weights=weights
+            )
+        ends.append((received, state, metrics))
+    assert int(optax.tree.get(ends[1][1], "factor_updates")) == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *ends)
+
+
 def test_buffers_are_donated():
     predict, params, x, y, layers = mlp_problem()
     optimizer = tkfac.tkfac(0.05, layers)

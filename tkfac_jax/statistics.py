@@ -233,6 +233,29 @@ def exact_fisher(
     return fisher
 
 
+def fisher_of(
+    estimator: Estimator,
+    predict: Callable[..., Any],
+    likelihood: Likelihoods,
+    layers: Layers,
+    num_samples: int,
+    **options: Any,
+) -> Callable[..., Statistics]:
+    """The Fisher function of an estimator's name, which takes what any of them needs: `targets` and `key`."""
+    if estimator == "sampled":
+        options["num_samples"] = num_samples
+    build = {"sampled": sampled_fisher, "empirical": empirical_fisher, "exact": exact_fisher}
+    needs = {"sampled": "key", "empirical": "targets", "exact": None}[estimator]
+    fisher = build[estimator](predict, likelihood, layers, **options)
+
+    def chosen(params: Any, *args: Any, targets: Any, key: Any, **kwargs: Any) -> Statistics:
+        given = {"key": key, "targets": targets}
+        needed = {name: value for name, value in given.items() if name == needs}
+        return fisher(params, *args, **needed, **kwargs)
+
+    return chosen
+
+
 def value_and_grad_with_fisher(
     predict: Callable[..., Any],
     likelihood: Likelihoods,

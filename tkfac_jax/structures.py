@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 
 Kind = Literal["full", "blocks", "diagonal"]
 
+# Symmetric products of fewer rows than this are computed whole: smaller blocks are slower than what they spare.
+SMALLEST_HALVED = 256
+
 
 class Structure(NamedTuple):
     """Which entries of a factor are kept.
@@ -82,12 +85,34 @@ def moment(
     if structure.kind == "diagonal":
         return jnp.sum(weighted * rows, axis=-2)
     if structure.kind == "full":
-        return jnp.matmul(weighted.mT, rows, precision=precision)
+        return _symmetric_product(weighted, rows, precision)
     return jnp.einsum(
         "...nki,...nkj->...kij",
         _split(structure, weighted),
         _split(structure, rows),
         precision=precision,
+    )
+
+
+def _symmetric_product(
+    weighted: Float[Array, "*batch rows n"],
+    rows: Float[Array, "*batch rows n"],
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "*batch n n"]:
+    """`weighted^T rows`, which is symmetric: what stands above the blocks of the diagonal is not computed."""
+    size = rows.shape[-1]
+    if size < SMALLEST_HALVED:
+        return jnp.matmul(weighted.mT, rows, precision=precision)
+    half = size // 2
+    first = _symmetric_product(weighted[..., :half], rows[..., :half], precision)
+    second = _symmetric_product(weighted[..., half:], rows[..., half:], precision)
+    below = jnp.matmul(weighted[..., half:].mT, rows[..., :half], precision=precision)
+    return jnp.concatenate(
+        [
+            jnp.concatenate([first, below.mT], axis=-1),
+            jnp.concatenate([below, second], axis=-1),
+        ],
+        axis=-2,
     )
 
 

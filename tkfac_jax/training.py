@@ -21,6 +21,7 @@ from tkfac_jax.statistics import (
     Likelihoods,
     Precision,
     Sharings,
+    fisher_of,
     value_and_grad_with_fisher,
 )
 
@@ -47,6 +48,7 @@ def make_train_step(
     precision: Precision = HIGHEST,
     has_aux: bool = False,
     spread_inverses: bool = False,
+    statistics_apart: bool = False,
     axis_name: str | None = None,
     model_args: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
@@ -73,6 +75,8 @@ def make_train_step(
       has_aux: `predict` returns `(outputs, aux)`, as with the new state of BatchNorm.
       spread_inverses: spreads new inverses over `inverse_interval`, a few layers at a time, so that no step takes much
         longer than others; the first step refreshes all. The optimizer's own option is not used.
+      statistics_apart: new statistics come from a program of their own, which makes another forward pass: such a step
+        then takes little more memory than a plain one, and more time.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
       model_args: for `adaptive_tkfac`: from the arguments of `predict` to those with only the first examples of the
@@ -90,19 +94,17 @@ def make_train_step(
     check_interval("fisher_interval", fisher_interval)
     check_interval("inverse_interval", inverse_interval)
     predict = unjitted(predict)
+    options: dict[str, Any] = {
+        "sharing": sharing,
+        "rule": rule,
+        "precision": precision,
+        "has_aux": has_aux,
+        "axis_name": axis_name,
+    }
     with_fisher = value_and_grad_with_fisher(
-        predict,
-        likelihood,
-        layers,
-        estimator=estimator,
-        num_samples=num_samples,
-        sharing=sharing,
-        rule=rule,
-        precision=precision,
-        has_aux=has_aux,
-        axis_name=axis_name,
+        predict, likelihood, layers, estimator=estimator, num_samples=num_samples, **options
     )
-
+    fisher = fisher_of(estimator, predict, likelihood, layers, num_samples, **options)
     likelihood = as_likelihood(likelihood)
 
     def without_fisher(
@@ -122,11 +124,17 @@ def make_train_step(
 
     num = num_shares(len(layers), inverse_interval)
 
-    def program(new_statistics: bool, refresh: Refresh) -> Callable[..., Any]:
-        value_and_grad = with_fisher if new_statistics else without_fisher
+    def only_fisher(params: Any, args: Any, data: dict[str, Any]) -> Any:
+        return fisher(params, *args, **data)
 
-        def run(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
-            (loss, predicted), gradient, statistics = value_and_grad(params, *args, **data)
+    def program(new_statistics: bool, refresh: Refresh) -> Callable[..., Any]:
+        value_and_grad = with_fisher if new_statistics and not statistics_apart else without_fisher
+
+        def run(
+            params: Any, opt_state: Any, args: Any, data: dict[str, Any], statistics: Any = None
+        ) -> Any:
+            (loss, predicted), gradient, own = value_and_grad(params, *args, **data)
+            statistics = own if statistics is None else statistics
             if axis_name is not None:
                 loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
             updates, opt_state = optimizer.update(
@@ -146,9 +154,10 @@ def make_train_step(
             metrics = {"loss": loss} | ({"aux": predicted[1]} if has_aux else {})
             return optax.apply_updates(params, updates), opt_state, metrics
 
-        if axis_name is not None:
-            return jax.pmap(run, axis_name=axis_name, donate_argnums=(0, 1))
-        return jax.jit(run, donate_argnums=(0, 1))
+        step = _compiled(run, axis_name, donated=(0, 1))
+        if not (new_statistics and statistics_apart):
+            return step
+        return _in_two(step, _compiled(only_fisher, axis_name))
 
     programs: dict[tuple[bool, Refresh], Callable[..., Any]] = {}
     counter = _HostCounter()
@@ -182,6 +191,23 @@ def make_train_step(
         return params, opt_state, metrics
 
     return step
+
+
+def _compiled(
+    function: Callable[..., Any], axis_name: str | None, donated: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    if axis_name is not None:
+        return jax.pmap(function, axis_name=axis_name, donate_argnums=donated)
+    return jax.jit(function, donate_argnums=donated)
+
+
+def _in_two(step: Callable[..., Any], gather: Callable[..., Any]) -> Callable[..., Any]:
+    """A step whose statistics another program has gathered."""
+
+    def in_two(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
+        return step(params, opt_state, args, data, gather(params, args, data))
+
+    return in_two
 
 
 def _outputs(predicted: Any, has_aux: bool) -> Any:
