@@ -1,7 +1,7 @@
 """How many floating-point operations a program makes in matrix products, convolutions and factorisations."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,21 +10,40 @@ import jax
 def count_operations(fun: Callable[..., Any], *args: Any) -> float:
     """The operations of a function's matrix products, convolutions, factorisations and triangular solves.
 
-    Counted in the traced program, before XLA simplifies it: the steps of `lax.scan` each, of the branches of
+    Counted in the traced program, without what leads to no result: the steps of `lax.scan` each, of the branches of
     `lax.cond` the longest, and the body of `lax.while_loop` once. An addition and a multiplication are two.
     """
-    return _of_program(jax.make_jaxpr(fun)(*args).jaxpr)
+    program = jax.make_jaxpr(fun)(*args).jaxpr
+    return _of_program(program, [True] * len(program.outvars))
 
 
-def _of_program(program: Any) -> float:
-    return sum(_of_equation(equation) for equation in program.eqns)
+def _of_program(program: Any, wanted: Sequence[bool]) -> float:
+    """The operations that the wanted results of a program take."""
+    needed = {id(var) for var, want in zip(program.outvars, wanted, strict=True) if want}
+    total = 0.0
+    for equation in reversed(program.eqns):
+        used = [id(var) in needed for var in equation.outvars]
+        if any(used) or equation.effects:
+            needed |= {id(var) for var in equation.invars}
+            total += _of_equation(equation, used)
+    return total
 
 
-def _of_equation(equation: Any) -> float:
+def _of_equation(equation: Any, used: Sequence[bool]) -> float:
     name, params = equation.primitive.name, equation.params
     if name in _COUNTED:
         return _COUNTED[name](equation)
-    inner = [_of_program(program) for value in params.values() for program in _programs(value)]
+    programs = [program for value in params.values() for program in _programs(value)]
+    inner = [
+        # The results of a loop's body are more than those of the loop.
+        _of_program(
+            program,
+            used
+            if name not in ("scan", "while") and len(program.outvars) == len(used)
+            else [True] * len(program.outvars),
+        )
+        for program in programs
+    ]
     if name == "cond":
         return max(inner)
     return params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)

@@ -279,7 +279,10 @@ class Peer:
             self._run(pair)
 
     def measure(self) -> None:
-        """Makes all steps of a cycle at each pair of intervals, beginning with the one after new inverses; slow ones once."""
+        """Makes all steps of a cycle at each pair of intervals, beginning with the one after new inverses.
+
+        Where a step is slow, only the first time.
+        """
         for pair in self._due():
             self.ms[pair].append([self._run(pair) for _ in range(math.lcm(*pair))])
 

@@ -1,0 +1,140 @@
+"""The benchmark of speed: what it counts and what it computes from its measurements. No time is tested."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import speed
+from benchmarks.networks import ResNet
+from benchmarks.operations import count_operations
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_operations_of_products():
+    assert count_operations(jnp.matmul, shape(3, 4), shape(4, 5)) == 2 * 3 * 4 * 5
+    batched = count_operations(jnp.matmul, shape(7, 3, 4), shape(7, 4, 5))
+    assert batched == 7 * 2 * 3 * 4 * 5
+    gradient = jax.value_and_grad(lambda a, b: (a @ b).sum(), argnums=(0, 1))
+    assert count_operations(gradient, shape(3, 4), shape(4, 5)) == 3 * 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_operations_of_convolutions(groups):
+    model = nn.Conv(6, (3, 3), padding="VALID", feature_group_count=groups, use_bias=False)
+    x = shape(2, 8, 8, 4)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    # Each of 2 x 6 x 6 x 6 outputs sees 3 x 3 taps of its group's channels.
+    forward = 2 * (2 * 6 * 6 * 6) * (9 * 4 // groups)
+    assert count_operations(model.apply, params, x) == forward
+
+
+def test_operations_of_loops_and_branches():
+    def step(carry, _):
+        return carry @ carry, None
+
+    square = shape(4, 4)
+    once = 2 * 4**3
+    assert count_operations(lambda a: jax.lax.scan(step, a, None, length=5)[0], square) == 5 * once
+
+    def either(a):
+        return jax.lax.cond(a[0, 0] > 0, lambda: a, lambda: a @ a @ a)
+
+    assert count_operations(either, square) == 2 * once
+    assert count_operations(jax.jit(jax.checkpoint(lambda a: a @ a)), square) == once
+
+
+def test_operations_that_lead_to_no_result_do_not_count():
+    square = shape(4, 4)
+
+    def unused(a):
+        b = a @ a
+        inner = jax.jit(lambda a: (a @ a, a @ a @ a))(a)
+        return inner[0], jnp.exp(b)[:0]
+
+    assert count_operations(lambda a: unused(a)[0], square) == 2 * 4**3
+
+
+def test_operations_of_factorisations():
+    size = 6
+    assert count_operations(jnp.linalg.cholesky, shape(size, size)) == size**3 / 3
+
+    def solve(a, b):
+        return jax.lax.linalg.triangular_solve(a, b, left_side=True, lower=True)
+
+    assert count_operations(solve, shape(size, size), shape(size, 2)) == size**2 * 2
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ((1, 1), 100),
+        ((1, 5), (4 * 10 + 100) / 5),
+        ((10, 10), (9 * 1 + 100) / 10),
+        ((2, 4), (2 * 1 + 10 + 100) / 4),
+    ],
+)
+def test_averages_follow_from_the_kinds(intervals, expected):
+    medians = {speed.PLAIN: 1.0, speed.STATISTICS: 10.0, speed.INVERSES: 100.0}
+    assert speed.average(medians, *intervals) == pytest.approx(expected)
+    assert speed.average({speed.PLAIN: 3.0}, *intervals) == 3
+
+
+def test_memory_that_an_action_takes():
+    held = []
+    grows = speed.growth_during(lambda: held.append(np.ones(2**22)))
+    if grows is None:
+        pytest.skip("this system does not tell")
+    assert 30 < grows < 60
+
+
+def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(speed.NETWORKS, "mlp100", lambda: speed.perceptron(3, 8, 16))
+    small = ResNet(8, widths=(4, 4, 4))
+    monkeypatch.setitem(speed.NETWORKS, "resnet20", lambda: speed.on_images(small, 4))
+    monkeypatch.setattr(speed, "PEAK_SIZE", 64)
+    arguments = ["speed", "--networks", "mlp100", "resnet20", "--peers", "--repeats", "2"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out-dir", str(tmp_path)])
+    speed.main()
+
+    (written,) = tmp_path.glob("speed-*.json")
+    results = json.loads(written.read_text())
+    assert set(results) == {"mlp100", "resnet20"}
+    for result in results.values():
+        records = {record["method"]: record for record in result["methods"]}
+        assert list(records) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC"]
+        kinds = records["TKFAC"]["kinds"]
+        assert set(kinds) == {*speed.KINDS, speed.APART}
+        for facts in kinds.values():
+            assert len(facts["ms"]) == 2
+            assert min(facts["ms"]) > 0
+        operations = [kinds[kind]["gflop"] for kind in speed.KINDS]
+        assert operations == sorted(operations)
+        assert kinds[speed.APART]["gflop"] > kinds[speed.STATISTICS]["gflop"]
+    shown = capsys.readouterr().out
+    assert "resnet20: " in shown
+    assert "| TKFAC, new statistics, apart |" in shown
+
+
+@pytest.mark.parametrize("kind", [*speed.KINDS, speed.APART])
+def test_every_kind_of_step_makes_the_step_of_make_train_step(kind):
+    problem = speed.perceptron(2, 6, 5)
+    method = next(method for method in speed.methods() if method.name == "TKFAC")
+    contender = speed.Contender(problem, method)
+    before = jax.tree.map(jnp.array, contender.trees)
+    contender.run(kind)
+
+    def of_state(trees, field):
+        return optax.tree.get(trees[1], field)
+
+    counts = [int(of_state(trees, "factor_updates")) for trees in (before, contender.trees)]
+    assert counts[1] - counts[0] == (kind != speed.PLAIN)
+    old, new = (of_state(trees, "refreshed") for trees in (before, contender.trees))
+    assert all((int(new[name]) > int(old[name])) == (kind == speed.INVERSES) for name in new)
