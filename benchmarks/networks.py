@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 
 WIDTHS = (16, 32, 64)
-# Of the code that accompanies the paper.
-WIDE_WIDTHS = (64, 128, 256)
 # Channels of VGG16's convolutions; a pool stands after each group.
 VGG16_GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -54,7 +52,7 @@ class ResNet(nn.Module):
     Attributes:
       depth: number of layers with kernels, such as 20 or 32.
       classes: number of outputs.
-      widths: channels of the three stages.
+      widths: channels of the three stages; 64, 128 and 256 in the code that accompanies the paper.
     """
 
     depth: int = 20

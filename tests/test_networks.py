@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.networks import VGG16, WIDE_WIDTHS, ResNet
+from benchmarks.networks import VGG16, ResNet
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
@@ -37,7 +37,7 @@ def test_as_many_parameters_as_published(model, count):
 def test_the_wide_network_has_four_times_the_channels():
     kernels = 9 * (3 * 64 + 6 * 64**2 + 64 * 128 + 5 * 128**2 + 128 * 256 + 5 * 256**2)
     norms = 2 * (7 * 64 + 6 * 128 + 6 * 256)
-    assert parameters(ResNet(20, widths=WIDE_WIDTHS)) == kernels + norms + 256 * 10 + 10
+    assert parameters(ResNet(20, widths=(64, 128, 256))) == kernels + norms + 256 * 10 + 10
 
 
 def test_a_depth_that_is_none():

@@ -56,6 +56,7 @@ def diagnostics(
     """Traces, damping ratios, condition numbers and ages of the inverses, layer by layer.
 
     The ratios are those of Figure 3: under normal damping `sqrt(lambda) / (tr(delta Phi) / d_in)`. Times `sqrt(delta)`
+    (below its floor, trace damping has the root of the floor there)
     they compare what is added to a factor with the diagonal of `sqrt(delta) Phi`, to which it is added:
     above 1, the damping outweighs the curvature. They are inf where the layer has no signal.
 
