@@ -35,6 +35,7 @@ class AdaptiveState(NamedTuple):
       previous: the previous step of the layers, a tree of the structure of the parameters.
       fallback: the state of the fallback.
       warmup_left: number of steps still to come that only gather statistics.
+      damping_interval: steps between changes of the damping, as the optimizer was told; 0: it stays.
       damping: lambda, the damping of the next step, in units of curvature.
       learning_rate: alpha, the last step's length along the preconditioned gradient.
       momentum: mu, its length along the previous step.
@@ -47,6 +48,7 @@ class AdaptiveState(NamedTuple):
     previous: Any
     fallback: Any
     warmup_left: Int[Array, ""]
+    damping_interval: Int[Array, ""]
     damping: Float[Array, ""]
     learning_rate: Float[Array, ""]
     momentum: Float[Array, ""]
@@ -68,6 +70,10 @@ class DampingPolicy(NamedTuple):
     decay: float | Array
     smallest: float | Array
     largest: float | Array
+
+    def interval_or_zero(self) -> Int[Array, ""]:
+        """The interval as a number; 0: the damping stays."""
+        return jnp.asarray(0 if self.interval is None else self.interval, jnp.int32)
 
     def is_due(self, step: Array) -> Array:
         """Whether the damping may change after a step."""
@@ -117,6 +123,7 @@ class Adaptive(NamedTuple):
             ),
             fallback=self.fallback.init(params),
             warmup_left=jnp.asarray(self.warmup_steps, jnp.int32),
+            damping_interval=self.policy.interval_or_zero(),
             damping=start,
             learning_rate=jnp.zeros((), dtype),
             momentum=jnp.zeros((), dtype),
@@ -136,6 +143,7 @@ class Adaptive(NamedTuple):
         targets: Any = None,
         model_outputs_fn: Callable[[Any], Any] | None = None,
         refresh_inverses: bool | Share | None = None,
+        adapt_damping: bool | None = None,
         position_mask: Any = None,
         example_weights: Any = None,
         axis_name: Any = None,
@@ -163,7 +171,7 @@ class Adaptive(NamedTuple):
         warming = state.warmup_left > 0 if self._may_warm() else None
         state = self._renew(objective, state, start, statistics, refresh_inverses, warming)
         proposal = self._propose(objective, state, start)
-        verdict = self._judge(objective, state, start, proposal)
+        verdict = self._judge(objective, state, start, proposal, adapt_damping)
         idle = verdict.rejected if warming is None else verdict.rejected | warming
         if warming is not None or self.reject_steps:
             others = jax.tree.map(lambda step: jnp.where(idle, 0, step), others)
@@ -181,6 +189,7 @@ class Adaptive(NamedTuple):
             previous=replace_leaves(state.previous, own),
             fallback=fallback,
             warmup_left=jnp.maximum(state.warmup_left - 1, 0),
+            damping_interval=self.policy.interval_or_zero(),
             damping=verdict.damping,
             learning_rate=jnp.where(moved, proposal.lengths[0], 0).astype(state.damping.dtype),
             momentum=jnp.where(moved, proposal.lengths[1], 0).astype(state.damping.dtype),
@@ -293,12 +302,18 @@ class Adaptive(NamedTuple):
         return _Proposal(step, lengths, finite, predict, counted)
 
     def _judge(
-        self, objective: Objective, state: AdaptiveState, start: "_Start", proposal: "_Proposal"
+        self,
+        objective: Objective,
+        state: AdaptiveState,
+        start: "_Start",
+        proposal: "_Proposal",
+        adapt: bool | None,
     ) -> "_Verdict":
         """Compares what a step does with what the model says, where that is to be known."""
         dtype = state.damping.dtype
         never = jnp.zeros((), bool)
-        if self.policy.interval is None and not self.reject_steps:
+        adapts = self.policy.interval is not None and adapt is not False
+        if not adapts and not self.reject_steps:
             return _Verdict(never, state.ratio, state.damping)
 
         # Outside the conditional it shares the forward pass of the gradient.
@@ -308,13 +323,12 @@ class Adaptive(NamedTuple):
             after = objective.loss(proposal.end(start))
             return proposal.predict().astype(dtype), after.astype(dtype)
 
-        due = self.policy.is_due(state.curvature.step)
+        due = self.policy.is_due(state.curvature.step) if adapt is None else jnp.array(adapts)
         if self._may_warm():
             due &= state.warmup_left == 0
         nan = jnp.full((), jnp.nan, dtype)
-        predicted, after = (
-            look() if self.reject_steps else jax.lax.cond(due, look, lambda: (nan, nan))
-        )
+        always = self.reject_steps or adapt is not None
+        predicted, after = look() if always else jax.lax.cond(due, look, lambda: (nan, nan))
         rounding = 10 * jnp.finfo(dtype).eps * jnp.abs(loss)
         compared = proposal.finite & jnp.isfinite(loss)
         known = compared & (jnp.abs(predicted) > rounding)

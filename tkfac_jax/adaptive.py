@@ -79,13 +79,15 @@ def adaptive_tkfac(
     Parameters of no layer take the step of `fallback` as it is; the model knows of it when it chooses the lengths.
 
     The update function is `update(grads, state, params, *, statistics, outputs_fn, targets, model_outputs_fn=None,
-    refresh_inverses=None, position_mask=None, example_weights=None)`:
+    refresh_inverses=None, adapt_damping=None, position_mask=None, example_weights=None)`:
 
     * `statistics` and `refresh_inverses` as in `scale_by_tkfac`.
     * `outputs_fn(params)` are the model's outputs on the batch, `targets` those of the batch. The outputs are
       differentiated in forward mode, which functions under `jax.custom_vjp` do not allow.
     * `model_outputs_fn(params)`, the outputs on the first examples of the batch only, lets the matrix `G` be taken
       over these: a quarter of the batch is cheaper and serves as well.
+    * `adapt_damping`: None changes the damping at every `damping_interval`-th step, inside `lax.cond`; a Python bool
+      decides when the program is compiled, as `make_train_step` does.
     * `position_mask` and `example_weights` as in `sampled_fisher`.
 
     The gradient has to be that of `likelihood.nll(outputs_fn(params), targets).mean()`, without a term for `l2`.

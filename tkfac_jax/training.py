@@ -127,7 +127,7 @@ def make_train_step(
     def only_fisher(params: Any, args: Any, data: dict[str, Any]) -> Any:
         return fisher(params, *args, **data)
 
-    def program(new_statistics: bool, refresh: Refresh) -> Callable[..., Any]:
+    def program(new_statistics: bool, refresh: Refresh, adapt_damping: bool) -> Callable[..., Any]:
         value_and_grad = with_fisher if new_statistics and not statistics_apart else without_fisher
 
         def run(
@@ -144,6 +144,7 @@ def make_train_step(
                 statistics=statistics,
                 refresh_inverses=_which(refresh, opt_state, inverse_interval, num),
                 # What only adaptive_tkfac looks at.
+                adapt_damping=adapt_damping,
                 outputs_fn=_outputs_fn(predict, has_aux, args),
                 targets=data["targets"],
                 model_outputs_fn=_outputs_fn(predict, has_aux, args, model_args),
@@ -159,7 +160,7 @@ def make_train_step(
             return step
         return _in_two(step, _compiled(only_fisher, axis_name))
 
-    programs: dict[tuple[bool, Refresh], Callable[..., Any]] = {}
+    programs: dict[tuple[bool, Refresh, bool], Callable[..., Any]] = {}
     counter = _HostCounter()
 
     def step(
@@ -171,12 +172,15 @@ def make_train_step(
         position_mask: Any = None,
         example_weights: Any = None,
     ) -> Any:
-        kind = _kind_of(
-            counter.read(opt_state),
-            counter.warmup_left > 0,
-            fisher_interval,
-            inverse_interval,
-            num if spread_inverses else 1,
+        number, of = counter.read(opt_state), num if spread_inverses else 1
+        kind = (
+            (True, "none", False)
+            if counter.warmup_left
+            else (
+                number % fisher_interval == 0,
+                _refresh_at(number, inverse_interval, of),
+                counter.damping_interval > 0 and (number + 1) % counter.damping_interval == 0,
+            )
         )
         if kind not in programs:
             programs[kind] = program(*kind)
@@ -225,15 +229,6 @@ def _outputs_fn(
     return lambda params: _outputs(predict(params, *chosen), has_aux)
 
 
-def _kind_of(
-    step: int, warming: bool, fisher_interval: int, inverse_interval: int, of: int
-) -> tuple[bool, Refresh]:
-    """Whether a step takes new statistics, and which inverses it refreshes."""
-    if warming:
-        return True, "none"
-    return step % fisher_interval == 0, _refresh_at(step, inverse_interval, of)
-
-
 def _refresh_at(step: int, interval: int, of: int) -> Refresh:
     """Which inverses are refreshed at a step, if they are spread over an interval in so many shares."""
     if step == 0 or of == 1:
@@ -261,6 +256,7 @@ class _HostCounter:
         self._number = 0
         self._seen: Any = None
         self.warmup_left = 0
+        self.damping_interval = 0
 
     def read(self, opt_state: Any) -> int:
         """The number of the step that `opt_state` is about to make; in a warm-up, of the one after that."""
@@ -271,6 +267,7 @@ class _HostCounter:
             self._number = _on_host(step)
             adaptive = find_adaptive(opt_state)
             self.warmup_left = 0 if adaptive is None else _on_host(adaptive.warmup_left)
+            self.damping_interval = 0 if adaptive is None else _on_host(adaptive.damping_interval)
         return self._number
 
     def advance(self, opt_state: Any) -> None:
