@@ -180,8 +180,9 @@ class Contender:
     def record(self) -> dict[str, Any]:
         """What was measured, and what follows for a step on average."""
         kinds = {
-            kind: facts | {"median_ms": float(np.median(facts["ms"]))}
-            for kind, facts in self.facts.items()
+            kind: self.facts[kind] | {"median_ms": float(np.median(self.facts[kind]["ms"]))}
+            for kind in (*KINDS, APART)
+            if kind in self.facts
         }
         medians = {kind: facts["median_ms"] for kind, facts in kinds.items()}
         averages = {_pair(*pair): average(medians, *pair) for pair in INTERVALS}
@@ -370,11 +371,14 @@ class Peak:
 
 
 def measure(
-    title: str, problem: Problem, repeats: int, peer_intervals: Sequence[tuple[int, int]] = ()
+    title: str,
+    problem: Problem,
+    chosen: Sequence[Method],
+    repeats: int,
+    peer_intervals: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
-    """All methods on a problem, in turns."""
+    """Some methods on a problem, in turns."""
     contenders: list[Contender | Peer] = []
-    chosen = methods()
     with tqdm(total=len(chosen) + bool(peer_intervals) + repeats + 1, desc=title) as bar:
         for method in chosen:
             contenders.append(Contender(problem, method))
@@ -477,6 +481,8 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    names = [method.name for method in methods()]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=7, help="turns of all methods")
     parser.add_argument(
         "--peers",
@@ -495,8 +501,9 @@ def main() -> None:
     for name in options.networks:
         # Where a step of kfac-jax takes a minute, only the intervals that it is used with.
         intervals = INTERVALS if name == "autoencoder" else [(1, 5)]
+        chosen = [method for method in methods() if method.name in options.methods]
         result = measure(
-            name, NETWORKS[name](), options.repeats, intervals if name in peers else ()
+            name, NETWORKS[name](), chosen, options.repeats, intervals if name in peers else ()
         )
         results[name] = result
         path.write_text(json.dumps(results, indent=1))
