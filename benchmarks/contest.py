@@ -35,6 +35,8 @@ def adaptive(initial_damping: float, likelihood: Any) -> Method:
         ),
         1,
         estimator="exact",
+        # The damping changes at the fifth step.
+        programs=5,
     )
 
 

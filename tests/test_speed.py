@@ -1,6 +1,7 @@
 """The benchmark of speed: what it counts and what it computes from its measurements. No time is tested."""
 
 import json
+import mmap
 
 import flax.linen as nn
 import jax
@@ -88,11 +89,12 @@ def test_averages_follow_from_the_kinds(intervals, expected):
 
 
 def test_memory_that_an_action_takes():
-    held = []
-    grows = speed.growth_during(lambda: held.append(np.ones(2**22)))
+    # Straight from the system: an array might lie where freed memory is still held.
+    pages = mmap.mmap(-1, 40_000_000)
+    grows = speed.growth_during(lambda: np.frombuffer(pages, np.uint8).fill(1))
     if grows is None:
         pytest.skip("this system does not tell")
-    assert 30 < grows < 60
+    assert 35 < grows < 60
 
 
 def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
