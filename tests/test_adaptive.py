@@ -694,6 +694,28 @@ def test_make_train_step_equals_the_step_by_hand():
         )
 
 
+@pytest.mark.parametrize("adapt", [None, True, False])
+def test_the_damping_is_judged_when_the_program_says_so(adapt):
+    """And then no conditional is in it."""
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = adaptive(layers, damping_interval=3)
+    step = step_by_hand(predict, CATEGORICAL, layers, optimizer, adapt_damping=adapt)
+    state = optimizer.init(params)
+    assert int(state.damping_interval) == 3
+    conditionals = str(jax.make_jaxpr(step)(params, state, x, y)).count(" cond[")
+    always = step_by_hand(predict, CATEGORICAL, layers, adaptive(layers, damping_interval=None))
+    others = str(jax.make_jaxpr(always)(params, state, x, y)).count(" cond[")
+    assert conditionals - others == (adapt is None)
+    ratios = []
+    for _ in range(3):
+        params, state, _ = step(params, state, x, y)
+        ratios.append(float(state.ratio))
+    taken = {None: [False, False, True], True: [True] * 3, False: [False] * 3}[adapt]
+    assert [np.isfinite(ratio) for ratio in ratios] == taken
+    if not any(taken):
+        assert float(state.damping) == 0.1
+
+
 def test_hyperparameters_may_be_injected():
     """All numbers are then arrays of the state, those of steps too."""
     options = {"warmup_steps": 1, "damping_interval": 2, "l2": 0.3}

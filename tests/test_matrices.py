@@ -6,6 +6,7 @@ import oracles
 import pytest
 
 from tkfac_jax.calls import LayerCall, observing
+from tkfac_jax.structures import SMALLEST_HALVED, Structure, moment
 
 CONVOLUTIONS = {
     "plain": {},
@@ -97,3 +98,14 @@ def test_axes_between_batch_and_features_are_locations(shape, expected):
     assert rows.dtype == jnp.float32
     np.testing.assert_array_equal(rows[..., :-1].reshape(shape), x)
     np.testing.assert_array_equal(rows[..., -1], 1)
+
+
+@pytest.mark.parametrize("size", [SMALLEST_HALVED - 1, SMALLEST_HALVED, 2 * SMALLEST_HALVED + 1])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_moments_of_large_factors(size, batch):
+    """Also where they are put together from halves, odd ones too."""
+    rng = np.random.default_rng(0)
+    rows, weights = rng.normal(size=(*batch, 7, size)), rng.random((*batch, 7))
+    received = moment(Structure.of_size(size), jnp.asarray(rows), jnp.asarray(weights))
+    expected = np.einsum("...n,...ni,...nj->...ij", weights, rows, rows)
+    np.testing.assert_allclose(received, expected, rtol=1e-12, atol=1e-12)

@@ -27,7 +27,11 @@ def conv_or_dense_spec(shape, has_bias):
 
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 3)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(shape, has_bias):
+@pytest.mark.parametrize("largest_summed", [0, 2**16])
+def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(
+    shape, has_bias, largest_summed, monkeypatch
+):
+    monkeypatch.setattr("tkfac_jax.precondition.LARGEST_SUMMED", largest_summed)
     rng = np.random.default_rng(0)
     kernel, bias = rng.normal(size=shape), rng.normal(size=shape[-1])
     d_in = int(np.prod(shape[:-1])) + has_bias
