@@ -15,7 +15,6 @@ import os
 # LAPACK's threads would compete with XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +29,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tkfac_jax as tkfac
-from benchmarks.damping import BATCH_SIZE, DAMPING, RATE, resnet_problem
+from benchmarks.damping import DAMPING, RATE, arguments, facts, problem_of
 from benchmarks.figures import table
-from benchmarks.runner import Method, Problem, Run, environment, race
+from benchmarks.runner import Method, Problem, Run, race
 from benchmarks.series import rounded, write_json
 
 STAGES = 3
@@ -305,18 +304,11 @@ def plot_along_training(found: Mapping[int, Mapping[str, Correlations]], path: P
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data-dir", type=Path, required=True, help="directory of the CIFAR files")
-    parser.add_argument("--out-dir", type=Path, default=Path("results/correlation"))
+    parser = arguments(__doc__, "results/correlation", depth=32)
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[0, 5000, 10000], help="at which it is measured"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--turn", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--interval", type=int, default=100, help="between statistics and inverses")
-    parser.add_argument("--depth", type=int, default=32, help="of the network")
-    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--examples", type=int, default=1024, help="of the correlations")
     parser.add_argument("--products", type=int, default=32, help="drawn at random, of each layer")
     options = parser.parse_args()
@@ -329,15 +321,7 @@ def main() -> None:
     )
     summaries = {}
     for seed in options.seeds:
-        problem = resnet_problem(
-            options.data_dir,
-            seed,
-            depth=options.depth,
-            width=options.width,
-            batch_size=options.batch_size,
-        )
-        folder = options.out_dir / f"checkpoints-seed-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
+        problem, folder = problem_of(options, seed)
         run = Run(problem, method, seed, folder)
         entries = {
             name: draw_entries(run.layers[name], options.products, seed)
@@ -363,11 +347,7 @@ def main() -> None:
         plot_enlarged(own.absolute, name, options.out_dir / f"correlation-start-seed-{seed}.png")
         plot_along_training(found, options.out_dir / f"correlation-seed-{seed}.png")
     results = {
-        "environment": environment(),
-        "depth": options.depth,
-        "width": options.width,
-        "batch_size": options.batch_size,
-        "interval": options.interval,
+        **facts(options),
         "examples": options.examples,
         "products": options.products,
         "correlations": summaries,

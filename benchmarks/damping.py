@@ -201,44 +201,48 @@ def plot(curves: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     plt.close(drawing)
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def arguments(doc: str | None, out_dir: str, depth: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains a residual network on CIFAR-10."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="directory of the CIFAR files")
-    parser.add_argument("--out-dir", type=Path, default=Path("results/damping"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out-dir", type=Path, default=Path(out_dir))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--turn", type=int, default=100, help="steps between records")
     parser.add_argument("--interval", type=int, default=100, help="between statistics and inverses")
-    parser.add_argument("--depth", type=int, default=20, help="of the network")
+    parser.add_argument("--depth", type=int, default=depth, help="of the network")
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
+    return parser
+
+
+def problem_of(options: argparse.Namespace, seed: int) -> tuple[Problem, Path]:
+    """What the options say is trained with a seed, and the folder of its checkpoints."""
+    folder = options.out_dir / f"checkpoints-seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"depth": options.depth, "width": options.width, "batch_size": options.batch_size}
+    return resnet_problem(options.data_dir, seed, **sizes), folder
+
+
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on."""
+    names = ("depth", "width", "batch_size", "interval")
+    return {"environment": environment()} | {name: getattr(options, name) for name in names}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = arguments(__doc__, "results/damping", depth=20)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--turn", type=int, default=100, help="steps between records")
     options = parser.parse_args()
 
     curves = {}
     for seed in options.seeds:
-        problem = resnet_problem(
-            options.data_dir,
-            seed,
-            depth=options.depth,
-            width=options.width,
-            batch_size=options.batch_size,
-        )
-        folder = options.out_dir / f"checkpoints-seed-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
+        problem, folder = problem_of(options, seed)
         methods = [training_method(name, options.interval) for name in dampings()]
         runs = [WatchedRun(problem, method, seed, folder) for method in methods]
         race(runs, options.steps, options.turn, f"seed {seed}")
         curves[str(seed)] = {run.method.name: columns(run.curve, 4) for run in runs}
-    results = {
-        "environment": environment(),
-        "depth": options.depth,
-        "width": options.width,
-        "batch_size": options.batch_size,
-        "interval": options.interval,
-        "curves": curves,
-    }
-    write_json(results, options.out_dir / "damping.json")
+    write_json(facts(options) | {"curves": curves}, options.out_dir / "damping.json")
     for seed, of_seed in curves.items():
         print(f"seed {seed}:")
         print(damping_table(of_seed))
