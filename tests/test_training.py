@@ -119,6 +119,29 @@ def test_statistics_of_a_program_of_their_own_are_the_same(estimator):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *ends)
 
 
+def test_statistics_of_a_program_of_their_own_under_pmap():
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers)
+    start = jax.tree.map(lambda leaf: leaf[None], (params, init(optimizer, params)))
+    ends = []
+    for apart in (False, True):
+        step = tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=2,
+            inverse_interval=2,
+            axis_name="devices",
+            statistics_apart=apart,
+        )
+        received, state = copy(start)
+        for key in KEYS[:3]:
+            received, state, _ = step(received, state, x[None], targets=y[None], key=key[None])
+        ends.append((received, state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *ends)
+
+
 def test_buffers_are_donated():
     predict, params, x, y, layers = mlp_problem()
     optimizer = tkfac.tkfac(0.05, layers)
