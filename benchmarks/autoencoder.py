@@ -44,7 +44,7 @@ GOALS = (61.3, 60.0, 58.0)
 # Of the adaptive methods: the first damping and its lower bound.
 DAMPINGS = ((150.0, 1e-2), (150.0, 1e-3), (10.0, 1e-2), (1.0, 1e-2), (1.0, 1e-3))
 # Examples of a batch over which the adaptive method's quadratic model is taken.
-MODEL_EXAMPLES = 125
+MODEL_EXAMPLES = 64
 
 
 class Autoencoder(nn.Module):
