@@ -17,7 +17,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from benchmarks.figures import goals_table, plot_curves, results_table, tuning_t
 from benchmarks.mnist import load_images
 from benchmarks.peers import has_kfac_jax, kfac_jax_adaptive
 from benchmarks.runner import Method, Problem, Run, best_of, environment, race
+from benchmarks.series import write_results
 
 WIDTHS = (1000, 500, 250, 30, 250, 500, 1000)
 PIXELS = 784
@@ -233,7 +233,7 @@ def main() -> None:
         "tuning": tuning,
         "runs": records,
     }
-    (options.out_dir / "autoencoder.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "autoencoder.json")
     picture = options.out_dir / "autoencoder.png"
     shown = {"train_loss": "training loss", "test_loss": "test loss"}
     plot_curves(records, epoch, shown, picture)

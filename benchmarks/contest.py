@@ -4,7 +4,6 @@ Each method tries four settings for some seconds; then all run at their best set
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import tkfac_jax as tkfac
 from benchmarks.figures import goals_table, plot_curves, tuning_table
 from benchmarks.peers import has_kfac_jax, kfac_jax_adaptive
 from benchmarks.runner import Method, Problem, Run, environment, race_for
+from benchmarks.series import write_results
 
 MIN_DAMPING = 1e-12
 DAMPINGS = (1.0, 1e-1, 1e-2, 1e-4)
@@ -141,7 +141,7 @@ def hold(
         "tuning": tuning,
         "runs": records,
     }
-    (options.out_dir / f"{name}.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / f"{name}.json")
     plot_curves(records, None, dict(shown), options.out_dir / f"{name}.png")
     return records
 

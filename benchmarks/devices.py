@@ -34,6 +34,7 @@ from tqdm import tqdm
 import tkfac_jax as tkfac
 from benchmarks.figures import table
 from benchmarks.runner import environment
+from benchmarks.series import write_results
 from tkfac_jax.division import deal
 
 WIDTHS = (784, 1000, 500, 250, 30)
@@ -186,7 +187,7 @@ def main() -> None:
     print(results_table(records))
     options.out_dir.mkdir(parents=True, exist_ok=True)
     results = {"environment": environment(), "widths": options.widths, "runs": records}
-    (options.out_dir / "devices.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "devices.json")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from sklearn.datasets import load_digits
 import tkfac_jax as tkfac
 from benchmarks.figures import plot_curves, steps_to_reach, table
 from benchmarks.runner import Method, Problem, Run, environment, race
+from benchmarks.series import write_results
 
 BATCH_SIZE = 128
 TEST_EXAMPLES = 360
@@ -171,7 +171,7 @@ def main() -> None:
 
     options.out_dir.mkdir(parents=True, exist_ok=True)
     results = {"environment": environment(), "seed": options.seed, "runs": records}
-    (options.out_dir / "digits.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "digits.json")
     picture = options.out_dir / "digits.png"
     shown = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
     plot_curves(records, runs[0].steps_per_epoch, shown, picture)

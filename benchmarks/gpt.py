@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import json
 import platform
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -32,6 +31,7 @@ import tkfac_jax as tkfac
 from benchmarks.autoencoder import growing_decay
 from benchmarks.figures import plot_curves, results_table, tuning_table
 from benchmarks.runner import Method, Problem, Run, choose, environment, race
+from benchmarks.series import write_results
 
 # Tokens: printable ASCII, the newline, and one for every other character.
 VOCABULARY = 95 + 2
@@ -223,7 +223,7 @@ def main() -> None:
         "tuning": tuning,
         "runs": records,
     }
-    (options.out_dir / "gpt.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "gpt.json")
     picture = options.out_dir / "gpt.png"
     shown = {"train_loss": "training loss", "test_loss": "test loss"}
     plot_curves(records, None, shown, picture, log=False)

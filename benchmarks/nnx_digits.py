@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import tkfac_jax as tkfac
 from benchmarks.digits import digits_data, results_table
 from benchmarks.figures import plot_curves, tuning_table
 from benchmarks.runner import Method, Problem, Run, choose, environment, race
+from benchmarks.series import write_results
 
 BATCH_SIZE = 128
 INTERVAL = 10
@@ -167,7 +167,7 @@ def main() -> None:
         "tuning": tuning,
         "runs": records,
     }
-    (options.out_dir / "nnx_digits.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "nnx_digits.json")
     picture = options.out_dir / "nnx_digits.png"
     shown = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
     plot_curves(records, None, shown, picture)

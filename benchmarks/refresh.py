@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import tkfac_jax as tkfac
 from benchmarks.autoencoder import BATCH_SIZE, INTERVAL, WIDTHS, autoencoder_problem, growing_decay
 from benchmarks.figures import table
 from benchmarks.runner import Problem, environment
+from benchmarks.series import write_results
 
 NAMES = {False: "all at once", True: "spread"}
 
@@ -118,7 +118,7 @@ def main() -> None:
     print(results_table(records))
     options.out_dir.mkdir(parents=True, exist_ok=True)
     results = {"environment": environment(), "steps": options.steps, "runs": records}
-    (options.out_dir / "refresh.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "refresh.json")
 
 
 if __name__ == "__main__":

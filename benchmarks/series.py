@@ -1,4 +1,4 @@
-"""The curve of a run as columns of numbers, for JSON that stays small."""
+"""Results as JSON that every reader accepts, and curves as columns of numbers, which stay small."""
 
 import json
 import math
@@ -18,6 +18,19 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.{digits}g}")
+
+
+def write_results(results: Any, path: Path) -> None:
+    """Writes results as indented JSON, with null for numbers that are not finite."""
+    path.write_text(json.dumps(_finite(results), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:

@@ -37,6 +37,7 @@ from benchmarks.networks import VGG16, ResNet, predict_with_batch_stats
 from benchmarks.operations import count_operations
 from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
+from benchmarks.series import write_results
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).
@@ -506,7 +507,7 @@ def main() -> None:
             name, NETWORKS[name](), chosen, options.repeats, intervals if name in peers else ()
         )
         results[name] = result
-        path.write_text(json.dumps(results, indent=1))
+        write_results(results, path)
         print(
             f"\n{name}: {result['parameters']:,} parameters, batch of {result['batch_size']}, "
             f"matrix products at {result['peak_gflops']:.0f} GFLOP/s\n"

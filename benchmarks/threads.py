@@ -32,6 +32,7 @@ from tqdm import tqdm
 import tkfac_jax as tkfac
 from benchmarks.figures import table
 from benchmarks.runner import environment
+from benchmarks.series import write_results
 
 WIDTHS = (784, 1000, 500, 250, 30)
 BATCH_SIZE = 500
@@ -227,7 +228,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "runs": records,
     }
-    (options.out_dir / "threads.json").write_text(json.dumps(results, indent=1))
+    write_results(results, options.out_dir / "threads.json")
 
 
 if __name__ == "__main__":

@@ -362,3 +362,16 @@ def test_a_step_that_was_passed_cannot_be_measured():
     run = SimpleNamespace(step=4)
     with pytest.raises(SystemExit, match="is at step 4, and step 3 was not measured"):
         correlation.advance_to(3, run, 1)
+
+
+def test_results_are_json_for_every_reader(tmp_path):
+    """Python reads NaN; others do not."""
+    results = {"runs": [{"curve": ({"loss": float("nan"), "step": 3}, {"loss": 1.5})}], "n": None}
+    series.write_results(results | {"infinite": float("inf")}, tmp_path / "results.json")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    received = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    expected = {"runs": [{"curve": [{"loss": None, "step": 3}, {"loss": 1.5}]}], "n": None}
+    assert received == expected | {"infinite": None}
