@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import cifar, cifar_data, runner
+import tkfac_jax as tkfac
+from benchmarks import cifar, cifar_data, runner, trace_damping
 from benchmarks.cifar_data import FORMATS
 from benchmarks.figures import mean_and_deviation, mean_curve
 
@@ -275,10 +276,17 @@ def test_neighbours_of_table_2():
     ]
     assert cifar.neighbours("TKFAC_new", (1e-3, 1e-3, 1.0)) == [
         (1e-3, 1e-3, 1.0),
+        (1e-4, 1e-3, 1.0),
         (3e-4, 1e-3, 1.0),
         (3e-3, 1e-3, 1.0),
-        (1e-3, 1e-3, 0.1),
-        (1e-3, 1e-3, 10.0),
+        (1e-2, 1e-3, 1.0),
+    ]
+    assert cifar.neighbours("TKFAC_nor", (1e-3, 1e-2)) == [
+        (1e-3, 1e-2),
+        (3e-4, 1e-2),
+        (3e-3, 1e-2),
+        (1e-3, 3e-3),
+        (1e-3, 3e-2),
     ]
 
 
@@ -385,3 +393,67 @@ def test_mean_curve_takes_the_steps_that_all_have():
         [{"step": 0, "loss": 2.0}, {"step": 4, "loss": 9.0}, {"step": 5, "loss": 4.0}],
     ]
     assert mean_curve(curves) == [{"step": 0.0, "loss": 1.5}, {"step": 5.0, "loss": 3.0}]
+
+
+def positive_definite(seed, size):
+    root = np.random.default_rng(seed).normal(size=(size, size))
+    matrix = root @ root.T
+    return jnp.asarray(matrix / np.trace(matrix))
+
+
+def test_readings_of_trace_damping():
+    """The plain one is the library's; the others by their formulas."""
+    model = nn.Sequential(
+        [nn.Conv(2, (3, 3), use_bias=False), lambda x: x.reshape(len(x), -1), nn.Dense(3)]
+    )
+    x = jnp.ones((2, 4, 4, 1), jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    layers = tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, x)
+    factors = {
+        name: tkfac.KroneckerFactors(
+            positive_definite(0, spec.d_in), positive_definite(1, spec.d_out), jnp.asarray(delta)
+        )
+        for (name, spec), delta in zip(layers.items(), (0.004, 5.0), strict=True)
+    }
+    step = jnp.zeros((), jnp.int32)
+    expected = tkfac.trace_damping(0.01, 1e-3).damp(factors, layers, step)
+    received = trace_damping.Reading().damp(factors, layers, step)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), received, expected)
+
+    conv, dense = factors
+    phi, eye = factors[conv].phi, np.eye(9)
+    rooted = trace_damping.Reading(root=True, expand=False).damp(factors, layers, step)
+    np.testing.assert_allclose(rooted[conv].phi, 0.1 * phi + 0.1 / 9 * eye, rtol=1e-6)
+    np.testing.assert_allclose(
+        rooted[dense].psi, np.sqrt(5) * factors[dense].psi + np.sqrt(1e-3) * np.eye(3), rtol=1e-6
+    )
+    each = trace_damping.Reading(locations={conv: 16}, floor=1e-6).damp(factors, layers, step)
+    np.testing.assert_allclose(
+        each[conv].phi, np.sqrt(0.004 / 16) * phi + 0.004 / 16 / 9 * eye, rtol=1e-6
+    )
+
+
+def test_the_trace_damping_command_and_its_resumption(small, monkeypatch, capsys):
+    variants = trace_damping.variants()
+    assert len({method.slug for method in variants}) == len(variants)
+    monkeypatch.setattr(trace_damping, "variants", lambda: [variants[0], variants[-1]])
+    ends = []
+    for folder, stops in (("whole", [4]), ("parts", [2, 4])):
+        for steps in stops:
+            out = small / folder
+            options = {
+                "--data-dir": small / "data",
+                "--out-dir": out,
+                "--steps": steps,
+                "--turn": 2,
+            }
+            arguments = [str(part) for option in options.items() for part in option]
+            monkeypatch.setattr(sys, "argv", ["trace_damping", *arguments])
+            trace_damping.main()
+        ends.append(json.loads((out / "trace_damping.json").read_text())["runs"])
+    assert "| per location, nu 0.01 | lr 0.001 |" in capsys.readouterr().out
+    for whole, parts in zip(*ends, strict=True):
+        assert whole["curve"][-1] | {"seconds": 0} == parts["curve"][-1] | {"seconds": 0}
+        assert whole["traces"] == parts["traces"]
+        assert 0 < whole["traces"]["smallest"] <= whole["traces"]["largest"]
+    assert ends[0][0]["curve"][-1]["train_loss"] != ends[0][1]["curve"][-1]["train_loss"]
