@@ -142,6 +142,54 @@ def test_statistics_of_a_program_of_their_own_under_pmap():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *ends)
 
 
+@pytest.mark.parametrize("estimator", ["sampled", "empirical", "exact"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_statistics_of_the_first_examples(estimator, apart):
+    """They are those of a smaller batch, whose weights have the mean of the whole batch's."""
+    predict, params, x, y, layers = mlp_problem()
+    weights, first = jnp.arange(1.0, 1.0 + len(x)), 3
+    likelihood, optimizer = tkfac.Categorical(), tkfac.tkfac(0.05, layers, damping=0.1)
+    fisher_of = {
+        "sampled": lambda p, **options: tkfac.sampled_fisher(predict, likelihood, layers)(
+            p, x[:first], key=KEYS[0], **options
+        ),
+        "empirical": lambda p, **options: tkfac.empirical_fisher(predict, likelihood, layers)(
+            p, x[:first], targets=y[:first], **options
+        ),
+        "exact": lambda p, **options: tkfac.exact_fisher(predict, likelihood, layers)(
+            p, x[:first], **options
+        ),
+    }[estimator]
+    own = weights[:first] * weights.mean() / weights[:first].mean()
+
+    @jax.jit
+    def by_hand(params, state):
+        grads = jax.grad(lambda p: (likelihood.nll(predict(p, x), y) * weights).mean())(params)
+        statistics = fisher_of(params, example_weights=own)
+        updates, state = optimizer.update(grads, state, params, statistics=statistics)
+        return optax.apply_updates(params, updates), state
+
+    step = tkfac.make_train_step(
+        predict,
+        likelihood,
+        optimizer,
+        layers=layers,
+        fisher_interval=1,
+        inverse_interval=1,
+        estimator=estimator,
+        statistics_apart=apart,
+        statistics_args=lambda x: (x[:first],),
+    )
+    expected = params, init(optimizer, params)
+    received = copy(expected)
+    for _ in range(3):
+        expected = by_hand(*expected)
+        received = step(*received, x, targets=y, key=KEYS[0], example_weights=weights)[:2]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
+    )
+
+
 def test_buffers_are_donated():
     predict, params, x, y, layers = mlp_problem()
     optimizer = tkfac.tkfac(0.05, layers)
@@ -265,6 +313,9 @@ def test_messages(unchecked):
         make(optimizer, estimator="true")
     with pytest.raises(ValueError, match="needs a key: pass key="):
         make(optimizer)(params, init(optimizer, params), x, targets=y)
+    more = make(optimizer, statistics_args=lambda x: (jnp.concatenate([x, x]),))
+    with pytest.raises(ValueError, match=r"outputs are of 12 examples and the targets of 6"):
+        more(params, init(optimizer, params), x, targets=y, key=KEYS[0])
     accumulating = tkfac.multi_steps(optimizer, 2, layers=layers)
     with pytest.raises(ValueError, match="give make_train_step the optimizer itself"):
         make(accumulating)(params, accumulating.init(params), x, targets=y, key=KEYS[0])

@@ -14,6 +14,7 @@ from tkfac_jax.estimators import Batch
 from tkfac_jax.layers import replace_leaves, visible_leaves
 from tkfac_jax.objective import Objective
 from tkfac_jax.quadratic import Quadratic
+from tkfac_jax.rowwise import RowStep
 from tkfac_jax.schedule import Interval, Intervals, Missing, renew
 
 # A ratio of actual to predicted change within these bounds leaves the damping as it is.
@@ -147,6 +148,7 @@ class Adaptive(NamedTuple):
         position_mask: Any = None,
         example_weights: Any = None,
         axis_name: Any = None,
+        row_steps: Mapping[str, RowStep] = {},
         **extra_args: Any,
     ) -> tuple[Any, AdaptiveState]:
         """Makes one step; see `adaptive_tkfac`. An `axis_name` stands in for that of the optimizer, if it has none."""
@@ -167,7 +169,8 @@ class Adaptive(NamedTuple):
             axis_name if self.curvature.axis_name is None else self.curvature.axis_name,
         )
         others, fallback = self.fallback.update(updates, state.fallback, params, **extra_args)
-        start = _Start(params, objective.gradient(updates, params), others, bool(layers.fallback))
+        gradient = objective.gradient(updates, params)
+        start = _Start(params, gradient, others, bool(layers.fallback), row_steps)
         warming = state.warmup_left > 0 if self._may_warm() else None
         state = self._renew(objective, state, start, statistics, refresh_inverses, warming)
         proposal = self._propose(objective, state, start)
@@ -178,6 +181,8 @@ class Adaptive(NamedTuple):
             fallback = _select(idle, state.fallback, fallback)
         moved = proposal.finite & ~idle
         own = {name: jnp.where(moved, step, 0) for name, step in proposal.step.items()}
+        # Computed once: else it would be computed again for the new parameters, from a copy of the previous step.
+        own = jax.lax.optimization_barrier(own)
         one = 1 if warming is None else 1 - warming.astype(jnp.int32)
         return replace_leaves(others, own), AdaptiveState(
             curvature=state.curvature._replace(
@@ -191,7 +196,7 @@ class Adaptive(NamedTuple):
             warmup_left=jnp.maximum(state.warmup_left - 1, 0),
             damping_interval=self.policy.interval_or_zero(),
             damping=verdict.damping,
-            learning_rate=jnp.where(moved, proposal.lengths[0], 0).astype(state.damping.dtype),
+            learning_rate=jnp.where(moved, -proposal.lengths[0], 0).astype(state.damping.dtype),
             momentum=jnp.where(moved, proposal.lengths[1], 0).astype(state.damping.dtype),
             ratio=verdict.ratio,
             skipped_steps=state.skipped_steps + one * (~proposal.finite).astype(jnp.int32),
@@ -267,13 +272,17 @@ class Adaptive(NamedTuple):
     def _propose(self, objective: Objective, state: AdaptiveState, start: "_Start") -> "_Proposal":
         """The step of the layers, of the lengths at which the model is smallest where they are not given."""
         active = self.curvature.active(start.gradient, state.curvature)
-        steps, counted = self.curvature.precondition(start.gradient, state.curvature, active)
+        steps, counted = self.curvature.precondition(
+            start.gradient, state.curvature, active, start.row_steps, gradient_is_used=True
+        )
         names = self.curvature.layers.parameters
-        natural = {n: -leaf for n, leaf in visible_leaves(steps).items() if n in names}
+        natural = {n: leaf for n, leaf in visible_leaves(steps).items() if n in names}
         previous = {n: leaf for n, leaf in visible_leaves(state.previous).items() if n in names}
         directions: list[Mapping[str, Array]] = [natural, previous]
         rate = self.learning_rate
-        given = [rate(state.curvature.step) if callable(rate) else rate, self.momentum]
+        rate = rate(state.curvature.step) if callable(rate) else rate
+        # The first length is that along the natural gradient, which goes uphill.
+        given = [None if rate is None else -rate, self.momentum]
         if start.has_others:
             others = visible_leaves(start.others)
             directions.append({n: leaf for n, leaf in others.items() if n not in names})
@@ -347,12 +356,16 @@ class Adaptive(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where a step starts: the parameters, the gradient of the objective, and the fallback's steps."""
+    """Where a step starts: the parameters, the gradient of the objective, and the fallback's steps.
+
+    `row_steps` are those of `make_train_step`; see `rowwise`.
+    """
 
     params: Any
     gradient: Any
     others: Any
     has_others: bool
+    row_steps: Mapping[str, RowStep]
 
 
 class _Proposal(NamedTuple):

@@ -26,6 +26,7 @@ from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
 from tkfac_jax.precondition import precondition
+from tkfac_jax.rowwise import RowStep
 from tkfac_jax.storage import Storage, inverses_in_shape
 from tkfac_jax.structures import identity
 from tkfac_jax.tagged import Statistics, check_statistics
@@ -291,14 +292,34 @@ class Curvature(NamedTuple):
         )
 
     def precondition(
-        self, updates: Any, state: TkfacState, active: Mapping[str, LayerSpec]
+        self,
+        updates: Any,
+        state: TkfacState,
+        active: Mapping[str, LayerSpec],
+        row_steps: Mapping[str, RowStep] = {},
+        *,
+        gradient_is_used: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         """Preconditions the layers' gradients; a layer whose step is not finite makes none.
+
+        Args:
+          updates: the gradients.
+          state: the state.
+          active: its layers.
+          row_steps: see `precondition.precondition`.
+          gradient_is_used: likewise.
 
         Returns:
           The updates, and the fields of the state that change.
         """
-        updates, good = precondition(updates, state.inverses, active, self.norm_constraint)
+        updates, good = precondition(
+            updates,
+            state.inverses,
+            active,
+            self.norm_constraint,
+            row_steps,
+            gradient_is_used=gradient_is_used,
+        )
         bad = {name: ~flag for name, flag in good.items()}
         return updates, {
             "skipped_updates": state.skipped_updates + _total(bad),

@@ -1,4 +1,4 @@
-"""Whether a layer is applied to the examples, each for itself.
+"""Whether a layer is applied to the examples, each for itself; and whether its kernel serves for something else.
 
 Statistics are means over examples, and need the derivative of each example's own loss. A layer that is
 applied once for all of them (positions that are looked up without an axis of examples, say) receives the
@@ -8,7 +8,7 @@ with them; and on a batch of another size, where what has an axis of examples ha
 shows neither is applied once for all.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from tkfac_jax.calls import Call, LayerCall, observing
-from tkfac_jax.layers import LayerSpec
+from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.routes import Routes, split_arrays
 
 # A number of copies, and of examples, that no axis of a model's own has. Nothing is computed.
@@ -121,6 +121,55 @@ def applied_once(
     # Where the function wants its own number of examples, an axis of that size has to do.
     has_axis = function.having_axis(more, MANY) or function.having_axis(arrays, examples)
     return {kernel: SHARED for kernel in stacks if kernel not in dependent | has_axis}
+
+
+def used_elsewhere(
+    fun: Callable[[Any], Any], params: Any, specs: Sequence[LayerSpec]
+) -> frozenset[str]:
+    """The layers whose kernel or bias reaches the outputs otherwise than through calls of the layer.
+
+    The function is traced, abstractly, with many copies of these parameters, and with zeros for what the layers' calls
+    return. Then only what does not come from the calls makes an output differ from copy to copy.
+
+    Args:
+      fun: the outputs as a function of the parameters.
+      params: the parameters.
+      specs: the layers; none is routed.
+
+    Returns:
+      Their names; all, if the function cannot be mapped over copies.
+    """
+
+    def is_used(specs: Sequence[LayerSpec]) -> bool:
+        kernels = {spec.kernel for spec in specs}
+        own = kernels | {spec.bias for spec in specs if spec.bias is not None}
+        copies = {
+            name: jax.ShapeDtypeStruct((MANY, *jnp.shape(leaf)), leaf.dtype)
+            for name, leaf in named_leaves(params).items()
+            if name in own
+        }
+
+        def outputs(own: Mapping[str, Array]) -> Any:
+            routes = Routes.through(replace_leaves(params, own), {})
+
+            def observe(call: Call) -> Any:
+                layer = call.layer
+                if not isinstance(layer, LayerCall):
+                    return None
+                match, _ = routes.match_layer(call, layer)
+                if match is None or match.name not in kernels:
+                    return layer.output
+                return jnp.zeros(layer.output.shape, layer.output.dtype)
+
+            with observing(observe):
+                return fun(routes.params)
+
+        # An output that differs from copy to copy cannot be returned as one.
+        return not _traces(jax.vmap(outputs, out_axes=None, axis_size=MANY), copies)
+
+    if not specs or not is_used(specs):
+        return frozenset()
+    return frozenset(spec.name for spec in specs if len(specs) == 1 or is_used([spec]))
 
 
 def _num_examples(outputs: Any) -> int | None:

@@ -42,6 +42,29 @@ class Batch(NamedTuple):
         return {} if self.mask is None else {"mask": self.mask}
 
 
+def first_examples(examples: int, targets: Any, batch: Batch) -> tuple[Any, Batch]:
+    """The targets, masks and weights of the first examples; weights such that their mean stays that of the batch.
+
+    Raises:
+      ValueError: there are fewer targets than examples.
+    """
+    size = jax.tree.leaves(targets)[0].shape[0]
+    if examples > size:
+        msg = (
+            f"the outputs are of {examples} examples and the targets of {size}; expected at most so many outputs: of "
+            "the batch, or of its first examples."
+        )
+        raise ValueError(msg)
+    if examples == size:
+        return targets, batch
+    targets, mask = jax.tree.map(lambda leaf: leaf[:examples], (targets, batch.mask))
+    if batch.weights is None:
+        return targets, Batch(mask)
+    weights = batch.weights[:examples]
+    ratio = batch.weights.mean() / jnp.where(weights.sum() > 0, weights.mean(), 1)
+    return targets, Batch(mask, weights * ratio)
+
+
 def nll_of(likelihood: Any, outputs: Any, targets: Any, batch: Batch) -> Array:
     """The weighted loss of each example, `(batch,)`."""
     values = _per_example(likelihood.nll(outputs, targets, **batch.options()))

@@ -12,6 +12,7 @@ from tkfac_jax.finite import all_finite
 from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.meshes import automatic, specs_of
+from tkfac_jax.rowwise import RowStep
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
 
@@ -77,6 +78,9 @@ def precondition(
     inverses: Mapping[str, KroneckerInverses],
     layers: Mapping[str, LayerSpec],
     norm_constraint: float | Array | None = None,
+    row_steps: Mapping[str, RowStep] = {},
+    *,
+    gradient_is_used: bool = False,
 ) -> tuple[Any, dict[str, Bool[Array, ""]]]:
     """Preconditions the layers' gradients in a tree and hands every other leaf on as it is.
 
@@ -86,6 +90,8 @@ def precondition(
       layers: the layers.
       norm_constraint: bound `c` on the product of step and gradient, `u <- u min(1, sqrt(c / <u, g>))`, taken
         over all layers; in units of the loss. None: no bound.
+      row_steps: by layer, steps that the rows of the batch gave; taken where they are what is asked for and cheaper.
+      gradient_is_used: whether the gradients serve for something else, too.
 
     Returns:
       A tree of the same structure and dtypes; and by layer, whether its step was finite. A step that was not is zero.
@@ -97,9 +103,14 @@ def precondition(
         spec = layers[name]
         bias = None if spec.bias is None else leaves[spec.bias]
         given = leaves[spec.kernel], bias
-        kernel_step, bias_step = automatic(
-            functools.partial(precondition_kernel, spec), inverse, *given, out=specs_of(given)
-        )
+        from_rows = row_steps.get(name)
+        used = gradient_is_used or norm_constraint is not None
+        if from_rows is not None and from_rows.stands_for(given, inverse, used):
+            kernel_step, bias_step = from_rows.step
+        else:
+            kernel_step, bias_step = automatic(
+                functools.partial(precondition_kernel, spec), inverse, *given, out=specs_of(given)
+            )
         finite = all_finite((kernel_step, bias_step))
         good[name] = finite
         steps[spec.kernel] = jnp.where(finite, kernel_step, 0)
@@ -122,15 +133,14 @@ def inner_product(one: Any, other: Any) -> Float[Array, ""]:
 
 
 def slope_along(steps: Any, gradients: Any) -> Float[Array, ""]:
-    """The product of steps and gradients; where an entry of the step is 0 the gradient's may be anything."""
-    plain = inner_product(steps, gradients)
+    """The product of steps and gradients; where an array of the step is all 0 the gradient's may be anything."""
 
-    def masked() -> Array:
-        moved = jax.tree.map(lambda step, leaf: jnp.where(step == 0, 0, leaf), steps, gradients)
-        return inner_product(steps, moved)
+    def product(step: Array, gradient: Array) -> Array:
+        stays = jnp.sum(jnp.abs(step)) == 0
+        return jnp.where(stays, 0, inner_product(step, gradient))
 
-    # On a CPU the comparisons take several times as long as the products.
-    return jax.lax.cond(jnp.isfinite(plain), lambda: plain, masked)
+    products = jax.tree.leaves(jax.tree.map(product, steps, gradients))
+    return sum(products, jnp.zeros((), jnp.float32))
 
 
 def _constrain(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tkfac_jax.estimators import Batch, weighted
+from tkfac_jax.estimators import Batch, first_examples, weighted
 from tkfac_jax.joint import fisher_product
 from tkfac_jax.layers import named_leaves, replace_leaves
 from tkfac_jax.meshes import mean_over
@@ -94,7 +94,7 @@ def gauss_newton(
     """
     outputs, tangents = _push_forward(outputs_fn, params, directions)
     examples = jax.tree.leaves(outputs)[0].shape[0]
-    targets, batch = _first(examples, targets, batch)
+    targets, batch = first_examples(examples, targets, batch)
     products = [
         weighted(fisher_product(likelihood, outputs, t, targets, batch.mask), batch.weights)
         for t in tangents
@@ -111,25 +111,6 @@ def symmetric(entries: Mapping[tuple[int, int], Array], size: int) -> Float[Arra
     """A symmetric matrix from the entries of its upper triangle."""
     rows = [[entries[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
     return jnp.stack([jnp.stack(row) for row in rows])
-
-
-def _first(examples: int, targets: Any, batch: Batch) -> tuple[Any, Batch]:
-    """The targets, masks and weights of the first examples; weights such that their mean stays that of the batch."""
-    size = jax.tree.leaves(targets)[0].shape[0]
-    if examples > size:
-        msg = (
-            f"the outputs are of {examples} examples and the targets of {size}; expected at most so many outputs: of "
-            "the batch, or of its first examples."
-        )
-        raise ValueError(msg)
-    if examples == size:
-        return targets, batch
-    targets, mask = jax.tree.map(lambda leaf: leaf[:examples], (targets, batch.mask))
-    if batch.weights is None:
-        return targets, Batch(mask)
-    weights = batch.weights[:examples]
-    ratio = batch.weights.mean() / jnp.where(weights.sum() > 0, weights.mean(), 1)
-    return targets, Batch(mask, weights * ratio)
 
 
 def _push_forward(

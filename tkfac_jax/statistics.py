@@ -7,11 +7,13 @@ which derivatives they pull back (see `estimators`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array, Float
 
 from tkfac_jax.capture import Options, Rule, Sharing, trace_restricted
+from tkfac_jax.dependence import used_elsewhere
 from tkfac_jax.estimators import (
     Batch,
     Estimate,
@@ -21,11 +23,13 @@ from tkfac_jax.estimators import (
     nll_of,
     sampled_estimate,
 )
+from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers
 from tkfac_jax.likelihoods import Likelihood
-from tkfac_jax.meshes import mean_over, varying_axes
-from tkfac_jax.tagged import Statistics, TaggedModel
+from tkfac_jax.meshes import mean_over, vary, varying_axes
+from tkfac_jax.rowwise import RowStep, RowSteps
+from tkfac_jax.tagged import Statistics, TaggedModel, Wanted
 
 Likelihoods = Likelihood | Mapping[str, Likelihood]
 Sharings = Sharing | Mapping[str, Sharing]
@@ -308,11 +312,76 @@ def value_and_grad_with_fisher(
       >>> outputs.shape, gradient["kernel"].shape, list(statistics)
       ((5, 2), (3, 2), ['.'])
     """
-    if estimator not in ("sampled", "empirical", "exact"):
+    gradients_of = gradients_with_fisher(
+        predict,
+        likelihood,
+        layers,
+        estimator,
+        num_samples=num_samples,
+        options=Options(rule, sharing, precision),
+        has_aux=has_aux,
+        axis_name=axis_name,
+    )
+
+    def value_and_grad(params: Any, *args: Any, targets: Any, **kwargs: Any) -> Any:
+        gradients = gradients_of(params, *args, targets=targets, **kwargs)
+        return (gradients.loss, gradients.predicted), gradients.gradient, gradients.statistics
+
+    return value_and_grad
+
+
+class Gradients(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+      loss: the mean loss of the batch.
+      predicted: what `predict` returned.
+      gradient: of the loss.
+      statistics: of the layers, or None.
+      row_steps: by layer, the step made from the rows of the batch, where that may be cheaper.
+    """
+
+    loss: Float[Array, ""]
+    predicted: Any
+    gradient: Any
+    statistics: Statistics | None
+    row_steps: dict[str, RowStep]
+
+
+def gradients_with_fisher(
+    predict: Callable[..., Any],
+    likelihood: Likelihoods,
+    layers: Layers,
+    estimator: Estimator | None,
+    *,
+    num_samples: int,
+    options: Options,
+    has_aux: bool,
+    axis_name: str | None,
+    average: bool = False,
+) -> Callable[..., Gradients]:
+    """Builds the function behind `value_and_grad_with_fisher`, whose arguments it takes.
+
+    Args:
+      predict: the model.
+      likelihood: what the outputs mean.
+      layers: the layers.
+      estimator: the Fisher of the statistics; None: no statistics.
+      num_samples: targets drawn per example.
+      options: how statistics are made.
+      has_aux: `predict` returns `(outputs, aux)`.
+      axis_name: mapped axis over which the statistics are averaged.
+      average: loss and gradient are averaged over it, too.
+
+    Returns:
+      `f(params, *args, targets, key, position_mask, example_weights, inverses=None, **kwargs)`. With the inverses of
+      an optimizer's state it makes steps from rows.
+    """
+    if estimator not in ("sampled", "empirical", "exact", None):
         msg = f'estimator={estimator!r}; expected "sampled", "empirical" or "exact".'
         raise ValueError(msg)
     _check_num_samples(num_samples)
-    model = TaggedModel.build(predict, layers, Options(rule, sharing, precision), has_aux)
+    model = TaggedModel.build(predict, layers, options, has_aux)
     likelihood = as_likelihood(likelihood)
     exact_on = exact_estimate(likelihood) if estimator == "exact" else None
 
@@ -325,28 +394,47 @@ def value_and_grad_with_fisher(
             raise ValueError(MISSING_KEY)
         return sampled_estimate(likelihood, batch, key, num_samples, axis_name)
 
-    def value_and_grad(
+    def gradients_of(
         params: Any,
         *args: Any,
         targets: Any,
         key: Any = None,
         position_mask: Any = None,
         example_weights: Any = None,
+        inverses: Mapping[str, KroneckerInverses] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Gradients:
         batch = Batch(position_mask, example_weights)
-        estimate = estimate_on(batch, targets, key)
+        estimate = None if estimator is None else estimate_on(batch, targets, key)
         axes = varying_axes((params, args, kwargs, batch, targets))
-        outputs, pull_back, aux = model.linearize(True, axes, batch, params, args, kwargs)
+        rows = RowSteps(layers, {} if inverses is None else inverses)
+        wanted = Wanted(
+            vary(params, axes),
+            None if estimate is None else model.zero_slots(axes),
+            rows.zero_slots(axes),
+        )
+        outputs, pull_back, aux = model.linearize(wanted, params, batch, args, kwargs, rows)
         loss, derivative = jax.value_and_grad(
             lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
         )(outputs)
-        gradient, _ = pull_back(derivative)
-        statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[1])
+        pulled = pull_back(derivative)
+        gradient, steps = pulled.gradient, pulled.steps
+        statistics = None
+        if estimate is not None:
+            summed = estimate(outputs, lambda cotangent: pull_back(cotangent).statistics)
+            statistics = mean_over(summed, axis_name)
+        if average and axis_name is not None:
+            loss, gradient, steps = jax.lax.pmean((loss, gradient, steps), axis_name)
+        found = rows.steps(gradient, steps)
+        # What else a kernel does for the outputs is in its gradient, and in no rows.
+        others = used_elsewhere(
+            lambda params: model.outputs(params, args, kwargs), params, [layers[n] for n in found]
+        )
+        row_steps = {name: step for name, step in found.items() if name not in others}
         predicted = (outputs, aux) if has_aux else outputs
-        return (loss, predicted), gradient, mean_over(statistics, axis_name)
+        return Gradients(loss, predicted, gradient, statistics, row_steps)
 
-    return value_and_grad
+    return gradients_of
 
 
 def _check_num_samples(num_samples: Any) -> None:

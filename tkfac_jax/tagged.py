@@ -6,11 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tkfac_jax.capture import Counting, LayerStatistics, Options, tagging, zero_slots
+from tkfac_jax.capture import (
+    Counting,
+    LayerStatistics,
+    Options,
+    statistics_tagger,
+    tagging,
+    zero_slots,
+)
 from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimate
 from tkfac_jax.layers import Layers, visible_layers
 from tkfac_jax.meshes import mean_over, vary, varying_axes
+from tkfac_jax.rowwise import RowSteps
 
 Statistics = dict[str, LayerStatistics]
 
@@ -43,47 +51,70 @@ class TaggedModel(NamedTuple):
     ) -> Statistics:
         """The statistics by an estimate."""
         axes = varying_axes((params, args, kwargs, batch, targets))
-        outputs, pull_back, _ = self.linearize(False, axes, batch, params, args, kwargs)
-        statistics = estimate(outputs, lambda cotangent: pull_back(cotangent)[0])
+        wanted = Wanted(statistics=self.zero_slots(axes))
+        distinct = _distinct(params)
+        outputs, pull_back, _ = self.linearize(wanted, distinct, batch, args, kwargs)
+        statistics = estimate(outputs, lambda cotangent: pull_back(cotangent).statistics)
         return mean_over(statistics, axis_name)
+
+    def outputs(self, params: Any, args: Any, kwargs: Any) -> Any:
+        """The outputs, without tags and aux."""
+        predicted = self.predict(params, *args, **kwargs)
+        return predicted[0] if self.has_aux else predicted
+
+    def zero_slots(self, axes: frozenset[str]) -> Statistics:
+        """Where the statistics go; the slots vary over some mesh axes."""
+        return vary(zero_slots(self.layers), axes)
 
     def linearize(
         self,
-        with_gradient: bool,
-        axes: frozenset[str],
-        batch: Batch,
+        wanted: "Wanted",
         params: Any,
+        batch: Batch,
         args: Any,
         kwargs: Any,
-    ) -> tuple[Any, Callable[[Any], Any], Any]:
-        """Outputs, aux, and the map from output derivatives to `([gradient,] statistics)` summed over examples.
+        row_steps: RowSteps | None = None,
+    ) -> tuple[Any, Callable[[Any], "Wanted"], Any]:
+        """Outputs, the map from derivatives of the outputs to what is wanted, summed over examples, and aux.
 
-        The sums are those of the device's own examples: params and slots vary over `axes`, the mesh axes over
-        which the examples vary, so that differentiation does not add them up over devices.
+        The sums are those of the device's own examples if what is wanted varies over the mesh axes over which the
+        examples vary: differentiation then does not add them up over devices.
         """
         visible_layers(self.layers, params, "params")
-        slots = vary(zero_slots(self.layers), axes)
-        if with_gradient:
-            params = vary(params, axes)
 
-            def both(params: Any, slots: Statistics) -> tuple[Any, Any]:
-                return self._call(params, slots, batch, args, kwargs)
+        def outputs_of(wanted: Wanted) -> tuple[Any, Any]:
+            own = params if wanted.gradient is None else wanted.gradient
+            return self._call(own, wanted, batch, args, kwargs, row_steps)
 
-            return jax.vjp(both, params, slots, has_aux=True)
-        distinct = _distinct(params)
-
-        def statistics_only(slots: Statistics) -> tuple[Any, Any]:
-            return self._call(distinct, slots, batch, args, kwargs)
-
-        return jax.vjp(statistics_only, slots, has_aux=True)
+        outputs, pull_back, aux = jax.vjp(outputs_of, wanted, has_aux=True)
+        return outputs, lambda cotangent: pull_back(cotangent)[0], aux
 
     def _call(
-        self, params: Any, slots: Statistics, batch: Batch, args: Any, kwargs: Any
+        self,
+        params: Any,
+        wanted: "Wanted",
+        batch: Batch,
+        args: Any,
+        kwargs: Any,
+        row_steps: RowSteps | None,
     ) -> tuple[Any, Any]:
-        counting = Counting(batch.location_mask, batch.weights)
-        with tagging(self.layers, params, slots, self.options, counting) as tagged:
+        taggers, entries = [], {}
+        if wanted.statistics is not None:
+            counting = Counting(batch.location_mask, batch.weights)
+            taggers.append(statistics_tagger(wanted.statistics, self.options, counting))
+            entries = {
+                spec.kernel: wanted.statistics[name]
+                for name, spec in self.layers.items()
+                if spec.routed
+            }
+        if row_steps is not None and wanted.steps:
+            taggers.append(row_steps.tagger(wanted.steps))
+        if not taggers:
+            predicted = self.predict(params, *args, **kwargs)
+            return predicted if self.has_aux else (predicted, None)
+        with tagging(self.layers, params, entries, taggers) as tagged:
             predicted = self.predict(tagged.params, *args, **kwargs)
-        for name in self.layers:
+        for name in self.layers if wanted.statistics is not None else ():
             if name not in tagged.names:
                 msg = (
                     f"layer '{name}' was not applied to its kernel, so it has no statistics. Pass the same "
@@ -91,6 +122,20 @@ class TaggedModel(NamedTuple):
                 )
                 raise ValueError(msg)
         return predicted if self.has_aux else (predicted, None)
+
+
+class Wanted(NamedTuple):
+    """What derivatives of the outputs are pulled back to; before that, what is differentiated for it.
+
+    Attributes:
+      gradient: the parameters, and then their gradient; None: not wanted.
+      statistics: slots, and then the statistics; None: not wanted.
+      steps: slots of steps made from rows, and then the steps, by layer; None: not wanted.
+    """
+
+    gradient: Any = None
+    statistics: Statistics | None = None
+    steps: Any = None
 
 
 def _distinct(params: Any) -> Any:

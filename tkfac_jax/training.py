@@ -9,20 +9,20 @@ import optax
 
 from tkfac_jax.accumulation import AccumulationState
 from tkfac_jax.adaptation import find_adaptive
-from tkfac_jax.capture import Rule, trace_restricted
+from tkfac_jax.capture import Options, Rule, trace_restricted
 from tkfac_jax.curvature import Share, find_state
 from tkfac_jax.discovery import unjitted
-from tkfac_jax.estimators import Batch, Estimator, nll_of
-from tkfac_jax.joint import as_likelihood
+from tkfac_jax.estimators import Batch, Estimator, first_examples
 from tkfac_jax.layers import Layers
 from tkfac_jax.schedule import check_interval, first_step_of, num_shares, share_at
 from tkfac_jax.statistics import (
     HIGHEST,
+    Gradients,
     Likelihoods,
     Precision,
     Sharings,
     fisher_of,
-    value_and_grad_with_fisher,
+    gradients_with_fisher,
 )
 
 ACCUMULATING = (
@@ -49,6 +49,7 @@ def make_train_step(
     has_aux: bool = False,
     spread_inverses: bool = False,
     statistics_apart: bool = False,
+    statistics_args: Callable[..., tuple[Any, ...]] | None = None,
     axis_name: str | None = None,
     model_args: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
@@ -77,6 +78,9 @@ def make_train_step(
         longer than others; the first step refreshes all. The optimizer's own option is not used.
       statistics_apart: new statistics come from a program of their own, which makes another forward pass: such a step
         then takes little more memory than a plain one, and more time.
+      statistics_args: from the arguments of `predict` to those with only the first examples of the batch, such as
+        `lambda images: (images[:128],)`, over which the statistics are then taken: cheaper, noisier, and unbiased where
+        examples come in random order. BatchNorm's averages are then those of these examples.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
       model_args: for `adaptive_tkfac`: from the arguments of `predict` to those with only the first examples of the
@@ -94,55 +98,56 @@ def make_train_step(
     check_interval("fisher_interval", fisher_interval)
     check_interval("inverse_interval", inverse_interval)
     predict = unjitted(predict)
-    options: dict[str, Any] = {
-        "sharing": sharing,
-        "rule": rule,
-        "precision": precision,
-        "has_aux": has_aux,
-        "axis_name": axis_name,
-    }
-    with_fisher = value_and_grad_with_fisher(
-        predict, likelihood, layers, estimator=estimator, num_samples=num_samples, **options
-    )
+    options: dict[str, Any] = {"has_aux": has_aux, "axis_name": axis_name}
+
+    def gradients(estimator: Estimator | None) -> Callable[..., Gradients]:
+        return gradients_with_fisher(
+            predict,
+            likelihood,
+            layers,
+            estimator,
+            num_samples=num_samples,
+            options=Options(rule, sharing, precision),
+            average=True,
+            **options,
+        )
+
+    with_fisher, without_fisher = gradients(estimator), gradients(None)
+    options |= {"sharing": sharing, "rule": rule, "precision": precision}
     fisher = fisher_of(estimator, predict, likelihood, layers, num_samples, **options)
-    likelihood = as_likelihood(likelihood)
-
-    def without_fisher(
-        params: Any, *args: Any, targets: Any, key: Any, position_mask: Any, example_weights: Any
-    ) -> Any:
-        del key
-        batch = Batch(position_mask, example_weights)
-
-        def loss_fn(params: Any) -> Any:
-            predicted = predict(params, *args)
-            return nll_of(
-                likelihood, _outputs(predicted, has_aux), targets, batch
-            ).mean(), predicted
-
-        (loss, predicted), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return (loss, predicted), gradient, None
 
     num = num_shares(len(layers), inverse_interval)
 
     def only_fisher(params: Any, args: Any, data: dict[str, Any]) -> Any:
+        if statistics_args is not None:
+            args = statistics_args(*args)
+            outputs = jax.eval_shape(_outputs_fn(predict, has_aux, args), params)
+            examples = jax.tree.leaves(outputs)[0].shape[0]
+            batch = Batch(data["position_mask"], data["example_weights"])
+            targets, batch = first_examples(examples, data["targets"], batch)
+            of_first = {"position_mask": batch.mask, "example_weights": batch.weights}
+            data = data | {"targets": targets} | of_first
         return fisher(params, *args, **data)
 
     def program(new_statistics: bool, refresh: Refresh, adapt_damping: bool) -> Callable[..., Any]:
-        value_and_grad = with_fisher if new_statistics and not statistics_apart else without_fisher
+        alone = statistics_apart or statistics_args is not None
+        gradients_of = with_fisher if new_statistics and not alone else without_fisher
 
         def run(
             params: Any, opt_state: Any, args: Any, data: dict[str, Any], statistics: Any = None
         ) -> Any:
-            (loss, predicted), gradient, own = value_and_grad(params, *args, **data)
-            statistics = own if statistics is None else statistics
-            if axis_name is not None:
-                loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
+            # Inverses that this step replaces are of no use for steps from rows.
+            inverses = find_state(opt_state).inverses if refresh == "none" else None
+            found = gradients_of(params, *args, **data, inverses=inverses)
+            if new_statistics and alone and statistics is None:
+                statistics = only_fisher(params, args, data)
             updates, opt_state = optimizer.update(
-                gradient,
+                found.gradient,
                 opt_state,
                 params,
-                statistics=statistics,
+                statistics=found.statistics if statistics is None else statistics,
                 refresh_inverses=_which(refresh, opt_state, inverse_interval, num),
+                row_steps=found.row_steps,
                 # What only adaptive_tkfac looks at.
                 adapt_damping=adapt_damping,
                 outputs_fn=_outputs_fn(predict, has_aux, args),
@@ -152,7 +157,7 @@ def make_train_step(
                 example_weights=data["example_weights"],
                 axis_name=axis_name,
             )
-            metrics = {"loss": loss} | ({"aux": predicted[1]} if has_aux else {})
+            metrics = {"loss": found.loss} | ({"aux": found.predicted[1]} if has_aux else {})
             return optax.apply_updates(params, updates), opt_state, metrics
 
         step = _compiled(run, axis_name, donated=(0, 1))

@@ -1,0 +1,399 @@
+"""Steps from the rows of a batch are those of the gradient, and are taken only where they are what is asked for."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from networks import as_float64, fresh, spec
+
+import tkfac_jax as tkfac
+from tkfac_jax import rowwise
+from tkfac_jax.matrices import Layout
+from tkfac_jax.rowwise import precondition_rows
+
+KEYS = [jax.random.key(t) for t in range(4)]
+WIDTHS = (9, 9, 12)
+BATCH, INPUTS, CLASSES = 4, 11, 3
+
+
+@pytest.fixture(autouse=True)
+def every_saving(monkeypatch):
+    """Small layers, too, make their steps from rows."""
+    monkeypatch.setattr(rowwise, "SMALLEST_SAVING", 1)
+
+
+def positive_definite(seed, size):
+    root = np.random.default_rng(seed).normal(size=(size, size))
+    return root @ root.T + np.eye(size)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 8])
+@pytest.mark.parametrize("sizes", [(5, 7), (7, 5)])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_it_is_a_dense_solve_with_the_kronecker_product(rows, sizes, has_bias, transposed):
+    """Rows that are fewer than neither, one or both of the sizes."""
+    d_in, d_out = sizes
+    rng = np.random.default_rng(0)
+    inputs, gradients = rng.normal(size=(rows, d_in)), rng.normal(size=(rows, d_out))
+    whole = np.concatenate([inputs, np.ones((rows, 1))], 1) if has_bias else inputs
+    phi, psi = positive_definite(1, d_in + has_bias), positive_definite(2, d_out)
+    flat = np.linalg.solve(np.kron(phi, psi), (whole.T @ gradients).reshape(-1))
+    expected = flat.reshape(-1, d_out)
+
+    layer = spec(d_in + has_bias, d_out, has_bias=has_bias)
+    if transposed:
+        axes = ((1,), (0,), *(((0,), 1) if has_bias else ((), 0)))
+        layout = Layout((d_out, d_in), (), *axes)
+        layer = dataclasses.replace(layer, layout=layout, kernel_shape=(d_out, d_in))
+    inverses = tkfac.KroneckerInverses.from_factors(
+        layer, jnp.asarray(np.linalg.inv(phi)), jnp.asarray(np.linalg.inv(psi))
+    )
+    kernel, bias = precondition_rows(layer, inverses, jnp.asarray(inputs), jnp.asarray(gradients))
+    np.testing.assert_allclose(
+        kernel.T if transposed else kernel, expected[:d_in], rtol=1e-10, atol=1e-12
+    )
+    if has_bias:
+        np.testing.assert_allclose(bias, expected[-1], rtol=1e-10, atol=1e-12)
+    else:
+        assert bias is None
+
+
+class Net(nn.Module):
+    """Dense layers: the second used twice, the third without bias, the last of few outputs."""
+
+    dtype: jnp.dtype = jnp.float64
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"dtype": self.dtype, "param_dtype": self.dtype}
+        x = nn.tanh(nn.Dense(WIDTHS[0], **options)(x))
+        twice = nn.Dense(WIDTHS[1], **options)
+        x = nn.tanh(twice(nn.tanh(twice(x))))
+        x = nn.LayerNorm(**options)(x)
+        x = nn.tanh(nn.Dense(WIDTHS[2], use_bias=False, **options)(x))
+        return nn.Dense(CLASSES, **options)(x)
+
+
+@functools.cache
+def problem(batch=BATCH, model=None, shape=(INPUTS,)):
+    model = Net() if model is None else model
+
+    @jax.jit
+    def make():
+        x = jax.random.normal(jax.random.key(1), (batch, *shape), jnp.float64)
+        y = jax.random.randint(jax.random.key(2), (batch, *shape[:-1]), 0, CLASSES)
+        params = as_float64(model.init(jax.random.key(3), x)["params"])
+        return params, x, y
+
+    params, x, y = make()
+    predict = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    return predict, params, x, y, tkfac.find_layers(predict, params, x)
+
+
+def chosen(monkeypatch):
+    """The names of the layers whose steps are made from rows, as they are chosen."""
+    names = []
+    original = rowwise.RowStep.stands_for
+
+    def noted(step, gradient, inverses, gradient_is_used):
+        found = original(step, gradient, inverses, gradient_is_used)
+        if found:
+            names.append(step.step[0].shape)
+        return found
+
+    monkeypatch.setattr(rowwise.RowStep, "stands_for", noted)
+    return names
+
+
+def by_hand(optimizer, predict, layers, x, y, estimator, intervals, **extra):
+    """A step without `make_train_step`: no rows."""
+    likelihood = tkfac.Categorical()
+    with_fisher = tkfac.value_and_grad_with_fisher(predict, likelihood, layers, estimator=estimator)
+
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def step(params, state, key, new_statistics, refresh):
+        _, grads, statistics = with_fisher(params, x, targets=y, key=key)
+        updates, state = optimizer.update(
+            grads,
+            state,
+            params,
+            statistics=statistics if new_statistics else None,
+            refresh_inverses=refresh,
+            outputs_fn=lambda params: predict(params, x),
+            targets=y,
+            **extra,
+        )
+        return optax.apply_updates(params, updates), state
+
+    return lambda t, params, state, key: step(
+        params, state, key, t % intervals[0] == 0, t % intervals[1] == 0
+    )
+
+
+OPTIMIZERS = {
+    "plain": lambda layers: tkfac.tkfac(0.05, layers, damping=0.1),
+    "moments": lambda layers: tkfac.tkfac(0.05, layers, damping=0.1, averaging="moments"),
+    "norm constraint": lambda layers: tkfac.tkfac(0.1, layers, damping=0.1, norm_constraint=1e-2),
+    "adaptive": lambda layers: tkfac.adaptive_tkfac(
+        layers, tkfac.Categorical(), initial_damping=0.1, damping_interval=None
+    ),
+    "l2": lambda layers: tkfac.adaptive_tkfac(
+        layers, tkfac.Categorical(), initial_damping=0.1, damping_interval=None, l2=0.1
+    ),
+    "clipped": lambda layers: optax.chain(
+        optax.clip_by_global_norm(0.1),
+        tkfac.scale_by_tkfac(layers, damping=0.1),
+        optax.scale(-0.05),
+    ),
+}
+# A gradient that something has changed is not that of the rows; and one that is used besides costs its product.
+FROM_ROWS = {"plain": 4, "moments": 4, "norm constraint": 2, "adaptive": 2, "l2": 0, "clipped": 0}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("estimator", ["sampled", "exact"])
+def test_training_steps_are_those_without_rows(kind, estimator, monkeypatch):
+    predict, params, x, y, layers = problem()
+    optimizer, intervals = OPTIMIZERS[kind](layers), (2, 4)
+    expected_step = by_hand(optimizer, predict, layers, x, y, estimator, intervals)
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Categorical(),
+        optimizer,
+        layers=layers,
+        fisher_interval=2,
+        inverse_interval=4,
+        estimator=estimator,
+    )
+    names = chosen(monkeypatch)
+    state = jax.jit(optimizer.init)(params)
+    expected, received = (params, state), fresh((params, state))
+    for t, key in enumerate(KEYS):
+        expected = expected_step(t, *expected, key)
+        received = step(*received, x, targets=y, key=key)[:2]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
+    )
+    # In the plain program, and in that of new statistics; new inverses replace those of the rows.
+    assert len(names) == 2 * FROM_ROWS[kind]
+
+
+def test_locations_are_rows():
+    """A sequence of two positions, in a layer of eleven inputs."""
+    predict, params, x, y, layers = problem(3, nn.Dense(CLASSES, dtype=jnp.float64), (2, INPUTS))
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+    expected_step = by_hand(optimizer, predict, layers, x, y, "empirical", (1, 4))
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Categorical(),
+        optimizer,
+        layers=layers,
+        fisher_interval=1,
+        inverse_interval=4,
+        estimator="empirical",
+    )
+    state = jax.jit(optimizer.init)(params)
+    expected, received = (params, state), fresh((params, state))
+    for t, key in enumerate(KEYS):
+        expected = expected_step(t, *expected, key)
+        received = step(*received, x, targets=y)[:2]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
+    )
+
+
+def operations(program, *args):
+    return program.lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(("batch", "saves"), [(8, True), (512, False)])
+def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, monkeypatch):
+    """Counted by XLA; with a large batch the program is the same with rows as without."""
+    width = 64
+    model = nn.Dense(width, use_bias=False, dtype=jnp.float32)
+    x = jnp.ones((batch, width), jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    predict = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    layers = tkfac.find_layers(predict, params, x)
+    optimizer = tkfac.tkfac(0.05, layers, momentum=0.0)
+    counts = []
+    original = jax.jit
+
+    def noted(function, **options):
+        compiled = original(function, **options)
+
+        def call(*args):
+            counts.append(operations(compiled, *args))
+            return compiled(*args)
+
+        return call
+
+    state = jax.jit(optimizer.init)(params)
+    for smallest in (1, 10**12):
+        monkeypatch.setattr(rowwise, "SMALLEST_SAVING", smallest)
+        step = tkfac.make_train_step(
+            predict,
+            tkfac.Normal(),
+            optimizer,
+            layers=layers,
+            fisher_interval=2,
+            inverse_interval=2,
+            estimator="empirical",
+        )
+        args = fresh(step(*fresh((params, state)), x, targets=x)[:2])
+        with monkeypatch.context() as patched:
+            patched.setattr("tkfac_jax.training.jax.jit", noted)
+            step(*args, x, targets=x)
+    with_rows, without = counts
+    products = 2 * (2 * width**3)
+    if saves:
+        # Both inverses times the rows, and no product of the gradient.
+        saved = products - 2 * (2 * batch * width**2)
+        assert without - with_rows == pytest.approx(saved, rel=0.1)
+    else:
+        assert with_rows == without
+
+
+def test_layers_that_a_scan_repeats(monkeypatch):
+    """What each repetition leaves adds up."""
+
+    def predict(params, x):
+        def body(x, _):
+            return nn.tanh(nn.Dense(INPUTS, dtype=jnp.float64).apply({"params": params}, x)), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    params = as_float64(nn.Dense(INPUTS).init(jax.random.key(0), jnp.ones((2, INPUTS)))["params"])
+    x = jax.random.normal(jax.random.key(1), (2, INPUTS), jnp.float64)
+    y = jnp.zeros((2, INPUTS))
+    layers = tkfac.find_layers(predict, params, x)
+    assert list(layers) == ["."]
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Normal(),
+        optimizer,
+        layers=layers,
+        fisher_interval=4,
+        inverse_interval=4,
+        estimator="empirical",
+    )
+    state = jax.jit(optimizer.init)(params)
+    ends = []
+    for smallest in (1, 10**9):
+        monkeypatch.setattr(rowwise, "SMALLEST_SAVING", smallest)
+        received = fresh((params, state))
+        for _ in KEYS[:3]:
+            received = step(*received, x, targets=y)[:2]
+        ends.append(received)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
+
+
+@pytest.mark.parametrize("where", ["kernel", "bias"])
+def test_a_kernel_that_serves_for_something_else_makes_its_step_from_the_gradient(
+    where, monkeypatch
+):
+    """Another use of kernel or bias is in the gradient, but in no rows; in aux it does no harm."""
+    net_predict, params, x, y, layers = problem()
+    names = chosen(monkeypatch)
+
+    def predict(params, x, elsewhere):
+        outputs = net_predict(params, x)
+        other = jnp.sin(params["Dense_0"][where]).sum()
+        return (outputs + other * x[:, :1], ()) if elsewhere else (outputs, other)
+
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+    for elsewhere in (True, False):
+        own = functools.partial(predict, elsewhere=elsewhere)
+        step = tkfac.make_train_step(
+            own,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=4,
+            inverse_interval=4,
+            estimator="empirical",
+            has_aux=True,
+        )
+        without_aux = lambda params, x, own=own: own(params, x)[0]  # noqa: E731
+        expected_step = by_hand(optimizer, without_aux, layers, x, y, "empirical", (4, 4))
+        state = jax.jit(optimizer.init)(params)
+        expected, received = (params, state), fresh((params, state))
+        for t, key in enumerate(KEYS[:3]):
+            expected = expected_step(t, *expected, key)
+            received = step(*received, x, targets=y)[:2]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10),
+            received,
+            expected,
+        )
+        assert len(names) == FROM_ROWS["plain"] - elsewhere
+        names.clear()
+
+
+def test_under_pmap_steps_are_averaged(monkeypatch):
+    predict, params, x, y, layers = problem()
+    optimizer, devices = tkfac.tkfac(0.05, layers, damping=0.1), 2
+    names = chosen(monkeypatch)
+
+    def make(axis_name):
+        return tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=2,
+            inverse_interval=4,
+            estimator="empirical",
+            axis_name=axis_name,
+        )
+
+    plain, mapped = make(None), make("data")
+    expected = fresh((params, jax.jit(optimizer.init)(params)))
+    received = jax.tree.map(lambda leaf: jnp.stack([leaf] * devices), expected)
+    for _ in KEYS:
+        expected = plain(*expected, x, targets=y)[:2]
+        received = mapped(
+            *received, x.reshape(devices, -1, INPUTS), targets=y.reshape(devices, -1)
+        )[:2]
+    assert len(names) == 2 * 2 * FROM_ROWS["plain"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8, atol=1e-10), received, expected
+    )
+
+
+def test_a_layer_of_low_precision():
+    """The rows' products are computed in float32, as the gradient's are in bfloat16: they agree to its rounding."""
+    predict, params, x, y, layers = problem(model=Net(jnp.bfloat16))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    layers = tkfac.find_layers(predict, params, x)
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Categorical(),
+        optimizer,
+        layers=layers,
+        fisher_interval=4,
+        inverse_interval=4,
+        estimator="empirical",
+    )
+    expected_step = by_hand(optimizer, predict, layers, x, y, "empirical", (4, 4))
+    state = jax.jit(optimizer.init)(params)
+    expected, received = (params, state), fresh((params, state))
+    for t, key in enumerate(KEYS[:2]):
+        expected = expected_step(t, *expected, key)
+        received = step(*received, x, targets=y)[:2]
+    assert {leaf.dtype for leaf in jax.tree.leaves(received[0])} == {jnp.dtype("bfloat16")}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=0.02
+        ),
+        received[0],
+        expected[0],
+    )
