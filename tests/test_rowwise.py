@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from networks import as_float64, fresh, spec
 
 import tkfac_jax as tkfac
@@ -260,81 +261,232 @@ def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, monkey
         assert with_rows == without
 
 
+def assert_same_with_and_without(
+    monkeypatch, predict, params, x, y, *, from_rows, likelihood=None, make=None, **data
+):
+    """Three steps with rows and without, all but the first with old inverses; and how many layers use their rows."""
+    layers = tkfac.find_layers(predict, params, x)
+    optimizer = (make or OPTIMIZERS["plain"])(layers)
+    names, ends = chosen(monkeypatch), []
+    for rows in (True, False):
+        step = tkfac.make_train_step(
+            predict,
+            likelihood or tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=4,
+            inverse_interval=4,
+            estimator="empirical",
+            steps_from_rows=rows,
+        )
+        received = fresh((params, jax.jit(optimizer.init)(params)))
+        for _ in range(3):
+            received = step(*received, x, targets=y, **data)[:2]
+        ends.append(received)
+    assert len(names) == from_rows
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
+    moved = jax.tree.map(lambda end, start: bool(jnp.any(end != start)), ends[0][0], params)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_model_of_one_example_that_is_mapped(jitted, monkeypatch):
+    """Each example would make a step of its own."""
+    predict, params, x, y, _ = problem()
+
+    def mapped(params, x):
+        one = lambda x: predict(params, x[None])[0]  # noqa: E731
+        return jax.vmap(jax.jit(one) if jitted else one)(x)
+
+    assert_same_with_and_without(monkeypatch, mapped, params, x, y, from_rows=0)
+
+
 def test_layers_that_a_scan_repeats(monkeypatch):
     """What each repetition leaves adds up."""
+    model = nn.Dense(INPUTS, dtype=jnp.float64, param_dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (2, INPUTS), jnp.float64)
+    params = model.init(jax.random.key(0), x)["params"]
 
     def predict(params, x):
         def body(x, _):
-            return nn.tanh(nn.Dense(INPUTS, dtype=jnp.float64).apply({"params": params}, x)), None
+            return nn.tanh(model.apply({"params": params}, x)), None
 
         return jax.lax.scan(body, x, None, length=3)[0]
 
-    params = as_float64(nn.Dense(INPUTS).init(jax.random.key(0), jnp.ones((2, INPUTS)))["params"])
-    x = jax.random.normal(jax.random.key(1), (2, INPUTS), jnp.float64)
-    y = jnp.zeros((2, INPUTS))
-    layers = tkfac.find_layers(predict, params, x)
-    assert list(layers) == ["."]
-    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
-    step = tkfac.make_train_step(
-        predict,
-        tkfac.Normal(),
-        optimizer,
-        layers=layers,
-        fisher_interval=4,
-        inverse_interval=4,
-        estimator="empirical",
+    assert_same_with_and_without(
+        monkeypatch, predict, params, x, jnp.ones_like(x), from_rows=1, likelihood=tkfac.Normal()
     )
-    state = jax.jit(optimizer.init)(params)
+
+
+def test_layers_that_are_computed_again(monkeypatch):
+    """A checkpoint that closes over the parameters."""
+    predict, params, x, y, _ = problem()
+    again = lambda params, x: jax.checkpoint(lambda x: predict(params, x))(x)  # noqa: E731
+    assert_same_with_and_without(monkeypatch, again, params, x, y, from_rows=FROM_ROWS["plain"])
+
+
+def test_a_derivative_inside_the_model(monkeypatch):
+    """Its pull-back is not that of the loss, so that no rows come by."""
+    net_predict, params, x, *_ = problem()
+
+    def energy(params, x):
+        return jnp.sin(net_predict(params, x[None])).sum()
+
+    force = lambda params, x: jax.vmap(jax.grad(energy, 1), (None, 0))(params, x)  # noqa: E731
+    assert_same_with_and_without(
+        monkeypatch, force, params, x, jnp.ones_like(x), from_rows=0, likelihood=tkfac.Normal()
+    )
+
+
+def test_a_layer_that_is_marked_by_hand(monkeypatch):
+    """What stands between its rows and its output is not known."""
+    _, _, x, *_ = problem()
+    params = {"w": jnp.linspace(-1, 1, INPUTS * 9).reshape(INPUTS, 9)}
+
+    def predict(params, x):
+        return tkfac.tag(0.1 * (x @ params["w"]), x, name="w", kernel=params["w"])
+
+    assert_same_with_and_without(
+        monkeypatch,
+        predict,
+        params,
+        x,
+        jnp.ones((BATCH, 9)),
+        from_rows=0,
+        likelihood=tkfac.Normal(),
+    )
+
+
+class Contractions(nn.Module):
+    """Layers whose kernels have several axes of inputs or of outputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        heads = nn.DenseGeneral((3, 4), **options)(x)
+        heads = nn.tanh(nn.Einsum((3, 4, 2, 5), "bij,ijkl->blk", **options)(heads))
+        return nn.DenseGeneral(CLASSES, axis=(-2, -1), **options)(heads)
+
+
+def test_kernels_of_several_axes(monkeypatch):
+    predict, params, x, y, _ = problem(2, Contractions())
+    assert_same_with_and_without(monkeypatch, predict, params, x, y, from_rows=3)
+
+
+def test_nnx(monkeypatch):
+    options = {"rngs": nnx.Rngs(0), "param_dtype": jnp.float64}
+    first, second = nnx.Linear(INPUTS, 9, **options), nnx.Linear(9, 9, **options)
+    graph, params = nnx.split(nnx.List([first, second]))
+
+    def predict(params, x):
+        one, two = nnx.merge(graph, params)
+        return two(nnx.tanh(two(nnx.tanh(one(x)))))
+
+    _, _, x, y, _ = problem()
+    assert_same_with_and_without(monkeypatch, predict, params, x, y, from_rows=2)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm constraint", "adaptive"])
+def test_weights_of_examples_and_numbers_that_go_wrong(kind, monkeypatch):
+    """A step that is not finite is none, whichever way it was made; the counts are the same."""
+    predict, params, x, y, _ = problem()
+    weights = jnp.arange(1.0, 1.0 + BATCH)
+    options = {"make": OPTIMIZERS[kind], "from_rows": FROM_ROWS[kind]}
+    assert_same_with_and_without(
+        monkeypatch, predict, params, x, y, example_weights=weights, **options
+    )
+    layers = tkfac.find_layers(predict, params, x)
+    optimizer = OPTIMIZERS[kind](layers)
     ends = []
-    for smallest in (1, 10**9):
-        monkeypatch.setattr(rowwise, "SMALLEST_SAVING", smallest)
-        received = fresh((params, state))
-        for _ in KEYS[:3]:
-            received = step(*received, x, targets=y)[:2]
-        ends.append(received)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
-
-
-@pytest.mark.parametrize("where", ["kernel", "bias"])
-def test_a_kernel_that_serves_for_something_else_makes_its_step_from_the_gradient(
-    where, monkeypatch
-):
-    """Another use of kernel or bias is in the gradient, but in no rows; in aux it does no harm."""
-    net_predict, params, x, y, layers = problem()
-    names = chosen(monkeypatch)
-
-    def predict(params, x, elsewhere):
-        outputs = net_predict(params, x)
-        other = jnp.sin(params["Dense_0"][where]).sum()
-        return (outputs + other * x[:, :1], ()) if elsewhere else (outputs, other)
-
-    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
-    for elsewhere in (True, False):
-        own = functools.partial(predict, elsewhere=elsewhere)
+    for rows in (True, False):
         step = tkfac.make_train_step(
-            own,
+            predict,
             tkfac.Categorical(),
             optimizer,
             layers=layers,
             fisher_interval=4,
             inverse_interval=4,
             estimator="empirical",
-            has_aux=True,
+            steps_from_rows=rows,
         )
-        without_aux = lambda params, x, own=own: own(params, x)[0]  # noqa: E731
-        expected_step = by_hand(optimizer, without_aux, layers, x, y, "empirical", (4, 4))
-        state = jax.jit(optimizer.init)(params)
-        expected, received = (params, state), fresh((params, state))
-        for t, key in enumerate(KEYS[:3]):
-            expected = expected_step(t, *expected, key)
-            received = step(*received, x, targets=y)[:2]
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10),
-            received,
-            expected,
+        received = fresh((params, jax.jit(optimizer.init)(params)))
+        received = step(*received, x, targets=y)[:2]
+        received = step(*received, x.at[0, 0].set(jnp.nan), targets=y)[:2]
+        ends.append(received)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(received[0]))
+    skipped = [int(optax.tree.get(state, "skipped_updates")) for _, state in ends]
+    assert skipped == [len(layers)] * 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_inverses_that_are_divided_over_a_mesh(axis_type, monkeypatch):
+    """They are filled up with zeros then. On a mesh with explicit axes steps are made from the gradient."""
+    monkeypatch.setattr("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    predict, params, x, y, _ = problem()
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        x, y, params = *jax.device_put((x, y), sharding), jax.device_put(params, whole)
+        automatic = axis_type == jax.sharding.AxisType.Auto
+        assert_same_with_and_without(
+            monkeypatch,
+            predict,
+            params,
+            x,
+            y,
+            from_rows=FROM_ROWS["plain"] if automatic else 0,
+            make=lambda layers: tkfac.tkfac(0.05, layers, damping=0.1, mesh=mesh, shard_state=True),
         )
-        assert len(names) == FROM_ROWS["plain"] - elsewhere
-        names.clear()
+
+
+@pytest.mark.parametrize("where", ["kernel", "bias"])
+@pytest.mark.parametrize("how", ["outputs", "own input", "input of another", "aux"])
+def test_a_kernel_that_serves_for_something_else_makes_its_step_from_the_gradient(
+    how, where, monkeypatch
+):
+    """Another use of kernel or bias is in the gradient, but in no rows; in aux it does no harm."""
+    net_predict, params, x, y, layers = problem()
+    names = chosen(monkeypatch)
+    last = nn.Dense(CLASSES, dtype=jnp.float64, param_dtype=jnp.float64)
+
+    def predict(params, x):
+        other = jnp.sin(params["Dense_0"][where]).sum()
+        if how == "own input":
+            x = x + other
+        outputs = net_predict(params, x)
+        if how == "input of another":
+            hidden = nn.tanh(outputs[:, :1] + jnp.arange(WIDTHS[2])) + other
+            outputs = last.apply({"params": params["Dense_3"]}, hidden)
+        if how == "outputs":
+            outputs = outputs + other * x[:, :1]
+        return outputs, other
+
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Categorical(),
+        optimizer,
+        layers=layers,
+        fisher_interval=4,
+        inverse_interval=4,
+        estimator="empirical",
+        has_aux=True,
+    )
+    without_aux = lambda params, x: predict(params, x)[0]  # noqa: E731
+    expected_step = by_hand(optimizer, without_aux, layers, x, y, "empirical", (4, 4))
+    state = jax.jit(optimizer.init)(params)
+    expected, received = (params, state), fresh((params, state))
+    for t, key in enumerate(KEYS[:3]):
+        expected = expected_step(t, *expected, key)
+        received = step(*received, x, targets=y)[:2]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
+    )
+    # A second call of the last layer costs more than its rows save.
+    fewer = {"outputs": 1, "own input": 1, "input of another": 2, "aux": 0}[how]
+    assert len(names) == FROM_ROWS["plain"] - fewer
 
 
 def test_under_pmap_steps_are_averaged(monkeypatch):

@@ -307,10 +307,12 @@ def test_messages(unchecked):
         make(optimizer, fisher_interval=0)
     with pytest.raises(ValueError, match=r"inverse_interval=1\.5; expected a whole number"):
         make(optimizer, inverse_interval=1.5)
-    with pytest.raises(
-        ValueError, match=r"estimator=.true.; expected .sampled., .empirical. or .exact."
-    ):
-        make(optimizer, estimator="true")
+    for estimator in ("true", None):
+        with pytest.raises(
+            ValueError,
+            match=rf"estimator=.?{estimator}.?; expected .sampled., .empirical. or .exact.",
+        ):
+            make(optimizer, estimator=estimator)
     with pytest.raises(ValueError, match="needs a key: pass key="):
         make(optimizer)(params, init(optimizer, params), x, targets=y)
     more = make(optimizer, statistics_args=lambda x: (jnp.concatenate([x, x]),))

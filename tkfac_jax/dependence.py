@@ -128,8 +128,8 @@ def used_elsewhere(
 ) -> frozenset[str]:
     """The layers whose kernel or bias reaches the outputs otherwise than through calls of the layer.
 
-    The function is traced, abstractly, with many copies of these parameters, and with zeros for what the layers' calls
-    return. Then only what does not come from the calls makes an output differ from copy to copy.
+    The function is traced, abstractly, with many copies of these parameters, and as if the layers' calls returned their
+    inputs. Then only what does not come from the calls makes an output differ from copy to copy.
 
     Args:
       fun: the outputs as a function of the parameters.
@@ -159,7 +159,10 @@ def used_elsewhere(
                 match, _ = routes.match_layer(call, layer)
                 if match is None or match.name not in kernels:
                     return layer.output
-                return jnp.zeros(layer.output.shape, layer.output.dtype)
+                # Of the inputs alone; but with their copies, if a kernel is in them.
+                inputs: Any = layer.inputs
+                inputs = inputs() if callable(inputs) else inputs
+                return jnp.full(layer.output.shape, jnp.sum(inputs).astype(layer.output.dtype))
 
             with observing(observe):
                 return fun(routes.params)

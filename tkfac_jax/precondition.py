@@ -105,13 +105,16 @@ def precondition(
         given = leaves[spec.kernel], bias
         from_rows = row_steps.get(name)
         used = gradient_is_used or norm_constraint is not None
+        needed = None
         if from_rows is not None and from_rows.stands_for(given, inverse, used):
             kernel_step, bias_step = from_rows.step
+            # What else the gradient serves for bears no overflow in its own dtype.
+            needed = given if used else None
         else:
             kernel_step, bias_step = automatic(
                 functools.partial(precondition_kernel, spec), inverse, *given, out=specs_of(given)
             )
-        finite = all_finite((kernel_step, bias_step))
+        finite = all_finite((kernel_step, bias_step, needed))
         good[name] = finite
         steps[spec.kernel] = jnp.where(finite, kernel_step, 0)
         if spec.bias is not None and bias_step is not None:

@@ -10,7 +10,9 @@ that comes out where the gradient and the inverses that it has at hand are the v
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from tkfac_jax.calls import LayerCall
@@ -70,14 +72,17 @@ class RowSteps:
       inverses: by layer, the inverses of those layers that may gain by it.
     """
 
-    def __init__(self, layers: Layers, inverses: Mapping[str, KroneckerInverses]):
-        """Takes the inverses as they stand in the optimizer's state."""
+    def __init__(self, layers: Layers, inverses: Mapping[str, KroneckerInverses], params: Any):
+        """Takes the inverses as they stand in the optimizer's state, and the parameters."""
         self.layers = layers
         self.inverses = {
-            name: inverse for name, inverse in inverses.items() if _may_gain(layers[name], inverse)
+            name: inverse
+            for name, inverse in inverses.items()
+            if name in layers and _may_gain(layers[name]) and not is_explicit((inverse, params))
         }
         self._rows: dict[str, list[int]] = {}
         self._left_out: set[str] = set()
+        self._pulls_back = False
 
     def zero_slots(self, axes: frozenset[str]) -> dict[str, KernelAndBias]:
         """By layer, where its step goes; the slots vary over some mesh axes."""
@@ -91,7 +96,8 @@ class RowSteps:
             if spec.name not in self.inverses:
                 return output
             form, rows = layer.form, output.size // spec.d_out
-            if not isinstance(form, Contraction) or rows >= max(spec.d_in, spec.d_out):
+            few = isinstance(form, Contraction) and rows < max(spec.d_in, spec.d_out)
+            if not (layer.exact and few):
                 self._left_out.add(spec.name)
                 return output
             self._rows.setdefault(spec.name, []).append(rows)
@@ -99,6 +105,10 @@ class RowSteps:
             def step_of(
                 inputs: Array, gradients: Array, inverses: KroneckerInverses
             ) -> KernelAndBias:
+                if not self._pulls_back:
+                    # A derivative inside the model: the rows of the loss do not come by here.
+                    self._left_out.add(spec.name)
+                gradients = self._noted_if_mapped(spec.name, gradients)
                 matrices = form.rows(inputs, gradients, has_bias=False)
                 flat = (matrix.reshape(-1, matrix.shape[-1]) for matrix in matrices)
                 return precondition_rows(spec, inverses, *flat)
@@ -106,6 +116,25 @@ class RowSteps:
             return attach(output, layer, self.inverses[spec.name], slots[spec.name], step_of)
 
         return tag_output
+
+    def pulls_back(self) -> None:
+        """From now on, what is pulled back is the loss."""
+        self._pulls_back = True
+
+    def _noted_if_mapped(self, name: str, gradients: Array) -> Array:
+        """The gradients; leaves a layer out whose call `jax.vmap` maps, so that each example would make a step."""
+
+        @custom_vmap
+        def same(gradients: Array) -> Array:
+            return gradients
+
+        @same.def_vmap
+        def rule(size: int, is_mapped: list[bool], gradients: Array) -> tuple[Array, bool]:
+            del size
+            self._left_out.add(name)
+            return gradients, is_mapped[0]
+
+        return same(gradients)
 
     def steps(self, gradient: Any, pulled_back: Mapping[str, KernelAndBias]) -> dict[str, RowStep]:
         """By layer, what the slots have received, where that saves enough.
@@ -120,7 +149,7 @@ class RowSteps:
             spec = self.layers[name]
             saving = spec.d_in * spec.d_out * (spec.d_in + spec.d_out)
             saving -= sum(_multiplications(spec, number) for number in rows)
-            # Another call of the layer may have been left out.
+            # Left out is also a layer one of whose calls was.
             if name in self._left_out or saving < SMALLEST_SAVING:
                 continue
             kernel, bias = leaves[spec.kernel], None if spec.bias is None else leaves[spec.bias]
@@ -155,33 +184,35 @@ def precondition_rows(
       gradients: derivatives of the loss with respect to the output rows.
 
     Returns:
-      The preconditioned gradients of kernel and bias, in their shapes and the dtype of the layer's factors.
+      The preconditioned gradients of kernel and bias, in their shapes and the dtype of the layer's statistics.
 
     Source: Gao et al. 2021, Algorithm 1.
     """
     inverses = inverses_in_shape(spec, inverses)
-    phi, psi = inverses.phi.astype(spec.dtype), inverses.psi.astype(spec.dtype)
-    inputs, gradients = inputs.astype(spec.dtype), gradients.astype(spec.dtype)
+    dtype = jnp.promote_types(inverses.psi.dtype, spec.dtype)
+    phi, psi = inverses.phi.astype(dtype), inverses.psi.astype(dtype)
+    inputs, gradients = inputs.astype(dtype), gradients.astype(dtype)
     psi_first, phi_first = _on_rows(spec, len(inputs))
     columns = gradients @ psi if psi_first else gradients
     last = None
     if inverses.bias is None:
-        matrix = (inputs @ phi).mT @ columns if phi_first else phi @ (inputs.mT @ columns)
+        matrix = (inputs @ phi.mT).mT @ columns if phi_first else phi @ (inputs.mT @ columns)
     else:
         coupling, corner = (
-            inverses.bias[:-1].astype(spec.dtype),
-            inverses.bias[-1].astype(spec.dtype),
+            inverses.bias[:-1].astype(dtype),
+            inverses.bias[-1].astype(dtype),
         )
         # The bias's row of the whole inverse, times [a, 1].
         last = ((inputs @ coupling + corner) @ columns)[None]
         if phi_first:
-            matrix = (inputs @ phi + coupling).mT @ columns
+            matrix = (inputs @ phi.mT + coupling).mT @ columns
         else:
             total = columns.sum(0)
             matrix = phi @ (inputs.mT @ columns) + coupling[:, None] * total
     if not psi_first:
         matrix, last = matrix @ psi, None if last is None else last @ psi
     layout = spec.layout
+    matrix, last = jax.tree.map(lambda array: array.astype(spec.dtype), (matrix, last))
     kernel = layout.matrix_to_kernel(matrix, spec.kernel_shape)
     return kernel, None if last is None else layout.matrix_to_bias(last, spec.bias_shape or ())
 
@@ -196,7 +227,7 @@ def _multiplications(spec: LayerSpec, rows: int) -> int:
     return min(rows, spec.d_out) * spec.d_in**2 + min(rows, spec.d_in) * spec.d_out**2
 
 
-def _may_gain(spec: LayerSpec, inverses: KroneckerInverses) -> bool:
+def _may_gain(spec: LayerSpec) -> bool:
     """Whether some batch is so small that rows save something: of one row, that is."""
     whole = spec.phi.kind == "full" and spec.psi.kind == "full" and not spec.batch
     saving = spec.d_in * spec.d_out * (spec.d_in + spec.d_out) - _multiplications(spec, 1)
@@ -207,7 +238,6 @@ def _may_gain(spec: LayerSpec, inverses: KroneckerInverses) -> bool:
         # What reaches a layer through a transformation may be many calls at once.
         and not spec.routed
         and not spec.named
-        and not is_explicit(inverses)
         and saving >= SMALLEST_SAVING
     )
 

@@ -312,6 +312,7 @@ def value_and_grad_with_fisher(
       >>> outputs.shape, gradient["kernel"].shape, list(statistics)
       ((5, 2), (3, 2), ['.'])
     """
+    check_estimator(estimator)
     gradients_of = gradients_with_fisher(
         predict,
         likelihood,
@@ -377,9 +378,6 @@ def gradients_with_fisher(
       `f(params, *args, targets, key, position_mask, example_weights, inverses=None, **kwargs)`. With the inverses of
       an optimizer's state it makes steps from rows.
     """
-    if estimator not in ("sampled", "empirical", "exact", None):
-        msg = f'estimator={estimator!r}; expected "sampled", "empirical" or "exact".'
-        raise ValueError(msg)
     _check_num_samples(num_samples)
     model = TaggedModel.build(predict, layers, options, has_aux)
     likelihood = as_likelihood(likelihood)
@@ -407,13 +405,14 @@ def gradients_with_fisher(
         batch = Batch(position_mask, example_weights)
         estimate = None if estimator is None else estimate_on(batch, targets, key)
         axes = varying_axes((params, args, kwargs, batch, targets))
-        rows = RowSteps(layers, {} if inverses is None else inverses)
+        rows = RowSteps(layers, {} if inverses is None else inverses, params)
         wanted = Wanted(
             vary(params, axes),
             None if estimate is None else model.zero_slots(axes),
             rows.zero_slots(axes),
         )
         outputs, pull_back, aux = model.linearize(wanted, params, batch, args, kwargs, rows)
+        rows.pulls_back()
         loss, derivative = jax.value_and_grad(
             lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
         )(outputs)
@@ -435,6 +434,13 @@ def gradients_with_fisher(
         return Gradients(loss, predicted, gradient, statistics, row_steps)
 
     return gradients_of
+
+
+def check_estimator(estimator: Any) -> None:
+    """Refuses what is no estimator."""
+    if estimator not in ("sampled", "empirical", "exact"):
+        msg = f'estimator={estimator!r}; expected "sampled", "empirical" or "exact".'
+        raise ValueError(msg)
 
 
 def _check_num_samples(num_samples: Any) -> None:

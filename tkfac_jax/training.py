@@ -21,6 +21,7 @@ from tkfac_jax.statistics import (
     Likelihoods,
     Precision,
     Sharings,
+    check_estimator,
     fisher_of,
     gradients_with_fisher,
 )
@@ -50,6 +51,7 @@ def make_train_step(
     spread_inverses: bool = False,
     statistics_apart: bool = False,
     statistics_args: Callable[..., tuple[Any, ...]] | None = None,
+    steps_from_rows: bool = True,
     axis_name: str | None = None,
     model_args: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
@@ -80,7 +82,10 @@ def make_train_step(
         then takes little more memory than a plain one, and more time.
       statistics_args: from the arguments of `predict` to those with only the first examples of the batch, such as
         `lambda images: (images[:128],)`, over which the statistics are then taken: cheaper, noisier, and unbiased where
-        examples come in random order. BatchNorm's averages are then those of these examples.
+        examples come in random order. BatchNorm then normalises them by averages of their own.
+      steps_from_rows: dense layers of Flax that are wider than the batch has rows make their steps from these rows, where
+        that takes fewer operations than from their gradient; the steps are the same. Not at steps with new inverses.
+        False: never, as for layers that a `jax.lax.scan` of your own repeats, whose repetitions are not seen.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
       model_args: for `adaptive_tkfac`: from the arguments of `predict` to those with only the first examples of the
@@ -97,6 +102,7 @@ def make_train_step(
     """
     check_interval("fisher_interval", fisher_interval)
     check_interval("inverse_interval", inverse_interval)
+    check_estimator(estimator)
     predict = unjitted(predict)
     options: dict[str, Any] = {"has_aux": has_aux, "axis_name": axis_name}
 
@@ -137,7 +143,8 @@ def make_train_step(
             params: Any, opt_state: Any, args: Any, data: dict[str, Any], statistics: Any = None
         ) -> Any:
             # Inverses that this step replaces are of no use for steps from rows.
-            inverses = find_state(opt_state).inverses if refresh == "none" else None
+            from_rows = steps_from_rows and refresh == "none"
+            inverses = find_state(opt_state).inverses if from_rows else None
             found = gradients_of(params, *args, **data, inverses=inverses)
             if new_statistics and alone and statistics is None:
                 statistics = only_fisher(params, args, data)
