@@ -38,6 +38,8 @@ from benchmarks.operations import count_operations
 from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
+from tkfac_jax.capture import Options
+from tkfac_jax.statistics import gradients_with_fisher
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).
@@ -194,32 +196,42 @@ class Contender:
     ) -> tuple[Callable[..., Any], dict[str, Any]]:
         """A compiled step of a kind, and what is known of it before it runs."""
         problem, optimizer, key = self.problem, self.optimizer, jax.random.key(1)
-        build = {"rule": method.rule, "has_aux": True}
-        with_fisher = tkfac.value_and_grad_with_fisher(
-            problem.predict, problem.likelihood, layers, **build
+        model = (problem.predict, problem.likelihood, layers)
+        # As make_train_step has it.
+        gradients_of = gradients_with_fisher(
+            *model,
+            None if kind in (PLAIN, APART) else "sampled",
+            num_samples=1,
+            options=Options(method.rule),
+            has_aux=True,
+            axis_name=None,
         )
-        fisher = tkfac.sampled_fisher(problem.predict, problem.likelihood, layers, **build)
+        fisher = tkfac.sampled_fisher(*model, rule=method.rule, has_aux=True)
 
         def gather(params: Any, inputs: Any) -> Any:
             return fisher(params, problem.model_state, inputs, key=key)
 
-        def loss_fn(params: Any, inputs: Any, targets: Any) -> Any:
-            outputs, model_state = problem.predict(params, problem.model_state, inputs)
-            return problem.likelihood.nll(outputs, targets).mean(), model_state
-
         def step(
             params: Any, opt_state: Any, inputs: Any, targets: Any, statistics: Any = None
         ) -> Any:
-            if kind in (PLAIN, APART):
-                _, gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, inputs, targets)
-            else:
-                _, gradient, statistics = with_fisher(
-                    params, problem.model_state, inputs, targets=targets, key=key
-                )
+            second_order = method.interval is not None
+            old = second_order and kind != INVERSES
+            found = gradients_of(
+                params,
+                problem.model_state,
+                inputs,
+                targets=targets,
+                key=key,
+                inverses=optax.tree.get(opt_state, "inverses") if old else None,
+            )
             options: dict[str, Any] = {}
-            if method.interval is not None:
-                options = {"statistics": statistics, "refresh_inverses": kind == INVERSES}
-            updates, opt_state = optimizer.update(gradient, opt_state, params, **options)
+            if second_order:
+                options = {
+                    "statistics": found.statistics if statistics is None else statistics,
+                    "refresh_inverses": kind == INVERSES,
+                    "row_steps": found.row_steps,
+                }
+            updates, opt_state = optimizer.update(found.gradient, opt_state, params, **options)
             return optax.apply_updates(params, updates), opt_state
 
         if kind != APART:
