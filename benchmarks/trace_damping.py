@@ -94,7 +94,7 @@ def variants() -> list[Method]:
 
     def method(name: str, rate: float, damping: Any) -> Method:
         def build(layers: tkfac.Layers) -> Any:
-            own = damping(layers) if callable(damping) else damping
+            own: Any = damping(layers) if callable(damping) else damping
             return tkfac.tkfac(
                 rate,
                 layers,

@@ -280,7 +280,7 @@ class Adaptive(NamedTuple):
         previous = {n: leaf for n, leaf in visible_leaves(state.previous).items() if n in names}
         directions: list[Mapping[str, Array]] = [natural, previous]
         rate = self.learning_rate
-        rate = rate(state.curvature.step) if callable(rate) else rate
+        rate: Any = rate(state.curvature.step) if callable(rate) else rate
         # The first length is that along the natural gradient, which goes uphill.
         given = [None if rate is None else -rate, self.momentum]
         if start.has_others:

@@ -289,13 +289,13 @@ def attach(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _tag(output: Array, inputs: Array, given: Any, slot: Slot, backwards: Any) -> Array:
+def _tag(output: Array, inputs: Array, given: Any, slot: Any, backwards: Any) -> Array:
     del inputs, given, slot, backwards
     return output
 
 
 def _tag_forward(
-    output: Array, inputs: Array, given: Any, slot: Slot, backwards: Any
+    output: Array, inputs: Array, given: Any, slot: Any, backwards: Any
 ) -> tuple[Array, tuple[Array, Any]]:
     del slot, backwards
     return output, (inputs, given)

@@ -109,7 +109,7 @@ class RowSteps:
                     # A derivative inside the model: the rows of the loss do not come by here.
                     self._left_out.add(spec.name)
                 gradients = self._noted_if_mapped(spec.name, gradients)
-                matrices = form.rows(inputs, gradients, has_bias=False)
+                matrices: Any = form.rows(inputs, gradients, has_bias=False)
                 flat = (matrix.reshape(-1, matrix.shape[-1]) for matrix in matrices)
                 return precondition_rows(spec, inverses, *flat)
 
