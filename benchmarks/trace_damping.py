@@ -61,7 +61,9 @@ class Reading(NamedTuple):
             name: layer.delta / self.locations.get(name, 1) for name, layer in factors.items()
         }
         kept = {name: jnp.maximum(trace, self.floor) for name, trace in traces.items()}
-        beta = jnp.stack([kept[name] / traces[name] for name in factors]).max()
+        # A layer of trace 0 does not count.
+        ratios = [jnp.where(traces[name] > 0, kept[name] / traces[name], 1) for name in factors]
+        beta = jnp.stack(ratios).max()
         damped = {}
         for name, layer in factors.items():
             if layers[name].kind == "conv":
