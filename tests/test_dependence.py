@@ -113,7 +113,8 @@ def test_a_function_that_cannot_be_mapped_or_has_no_arguments_is_not_judged():
     assert list(tkfac.find_layers(key_alone, params, jax.random.key(0))) == ["."]
 
 
-def test_derivatives_inside_the_function():
+@pytest.mark.parametrize("how", ["vmap of grad", "grad of sum", "jacfwd", "jvp", "jit"])
+def test_layers_that_the_function_differentiates_are_refused(how):
     """A residual of a differential equation takes derivatives of the network with respect to its input."""
     layer, last = nn.Dense(4), nn.Dense(1)
     x = jnp.ones((5, 2))
@@ -126,10 +127,44 @@ def test_derivatives_inside_the_function():
         hidden = jnp.tanh(layer.apply({"params": params["first"]}, x))
         return last.apply({"params": params["last"]}, hidden)[0]
 
-    def predict(params, x):
-        return jax.vmap(jax.grad(network, argnums=1), (None, 0))(params, x)
+    def residual(params, x):
+        one = {
+            "jacfwd": jax.jacfwd,
+            "jit": lambda f, argnums: jax.jit(jax.grad(jax.jit(f), argnums)),
+        }
+        each = jax.vmap(one.get(how, jax.grad)(network, argnums=1), (None, 0))
+        if how == "grad of sum":
+            values = lambda x: jax.vmap(network, (None, 0))(params, x)  # noqa: E731
+            return jax.grad(lambda x: values(x).sum())(x)
+        if how == "jvp":
+            return jax.jvp(lambda x: jax.vmap(network, (None, 0))(params, x), (x,), (x,))[1]
+        return each(params, x)
 
-    assert list(tkfac.find_layers(predict, params, x, on_unsupported="error")) == ["first", "last"]
+    outer = nn.Dense(2)
+    params["outer"] = jax.jit(outer.init)(jax.random.key(2), x)["params"]
+
+    def predict(params, x):
+        found = residual(params, x)
+        return found.sum() + outer.apply({"params": params["outer"]}, x)
+
+    layers = tkfac.find_layers(predict, params, x, on_unsupported="ignore")
+    assert list(layers) == ["outer"]
+    said = layers.fallback["first/kernel"], layers.fallback["last/kernel"]
+    if how == "jit":
+        # Inside of it the layers cannot be told.
+        assert all(said)
+    else:
+        assert all("differentiated inside the function" in reason for reason in said)
+    with pytest.raises(ValueError, match="first/kernel"):
+        tkfac.find_layers(predict, params, x, on_unsupported="error")
+
+
+def test_layers_that_the_function_computes_again_are_not_differentiated():
+    layer, x = nn.Dense(4), jnp.ones((5, 2))
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    apply = lambda params, x: layer.apply({"params": params}, x)  # noqa: E731
+    for fun in (jax.checkpoint(apply), jax.jit(apply)):
+        assert list(tkfac.find_layers(fun, params, x)) == ["."]
 
 
 def test_nnx_positions_without_an_axis_of_examples_are_refused():

@@ -6,6 +6,9 @@ sum of the derivatives, from which they cannot be told apart. To find such layer
 abstractly, in two ways: mapped over many copies of the batch, where what depends on the examples is mapped
 with them; and on a batch of another size, where what has an axis of examples has another shape. A layer that
 shows neither is applied once for all.
+
+Nor do statistics see a layer whose output the function itself differentiates, as in the residual of a differential
+equation: the derivatives that are pulled back pass by on other ways.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +31,14 @@ SHARED = (
     "examples, as by jnp.broadcast_to"
 )
 
+DIFFERENTIATED = (
+    "its output is differentiated inside the function, where its statistics cannot be seen: carry the derivatives "
+    "through the layers as further rows instead"
+)
+
 
 class _Function(NamedTuple):
-    """A function whose layers are watched; fields as in `applied_once`, the arrays of the arguments apart."""
+    """A function whose layers are watched; fields as in `check_calls`, the arrays of the arguments apart."""
 
     fun: Callable[..., Any]
     params: Any
@@ -87,10 +95,10 @@ class _Function(NamedTuple):
         return found if _traces(self.watched(note), self.params, arrays) else set()
 
 
-def applied_once(
+def check_calls(
     fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, specs: list[LayerSpec]
 ) -> dict[str, str]:
-    """The layers none of whose calls is applied to the examples each for itself.
+    """The layers none of whose calls is applied to the examples each for itself, or whose output is differentiated.
 
     The examples are those of the function's arguments that have an axis of the size of its first output's first
     axis, or all of its arguments if none has. A function that has no arrays as arguments, or cannot be
@@ -110,17 +118,20 @@ def applied_once(
     stacks = {spec.kernel: spec.stack for spec in specs}
     routed = frozenset(spec.kernel for spec in specs if spec.routed)
     function = _Function(fun, params, combine, stacks, routed)
-    examples = _num_examples(jax.eval_shape(function.watched(lambda _, y: y), params, arrays))
+    differentiated: set[str] = set()
+    outputs = function.watched(lambda kernel, y: _note_derivatives(kernel, differentiated)(y))
+    examples = _num_examples(jax.eval_shape(outputs, params, arrays))
+    reasons = dict.fromkeys(differentiated, DIFFERENTIATED)
     of_examples = [examples in array.shape for array in arrays]
     if not any(of_examples):
         of_examples = [True] * len(arrays)
     dependent = function.mapped_with(arrays, of_examples) if arrays else None
     if dependent is None or dependent == set(stacks):
-        return {}
+        return reasons
     more = [_with_many_examples(array, examples) for array in arrays]
     # Where the function wants its own number of examples, an axis of that size has to do.
     has_axis = function.having_axis(more, MANY) or function.having_axis(arrays, examples)
-    return {kernel: SHARED for kernel in stacks if kernel not in dependent | has_axis}
+    return reasons | {kernel: SHARED for kernel in stacks if kernel not in dependent | has_axis}
 
 
 def used_elsewhere(
@@ -196,6 +207,21 @@ def _traces(fun: Callable[..., Any], *args: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+def _note_derivatives(kernel: str, differentiated: set[str]) -> Callable[[Array], Array]:
+    """The identity, which notes the kernel if the function differentiates it."""
+
+    @jax.custom_jvp
+    def same(output: Array) -> Array:
+        return output
+
+    @same.defjvp
+    def rule(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        differentiated.add(kernel)
+        return primals[0], tangents[0]
+
+    return same
 
 
 def _mark(kernel: str, dependent: set[str]) -> Callable[[Array], Array]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tkfac_jax.calls import Call, LayerCall, observing
-from tkfac_jax.dependence import applied_once
+from tkfac_jax.dependence import check_calls
 from tkfac_jax.layers import Layers, LayerSpec, named_leaves
 from tkfac_jax.matrices import Convolution, Form, Layout
 from tkfac_jax.provenance import check_values
@@ -292,7 +292,7 @@ def _keep_treatable(
     ]
     reasons = check_values(fun, params, args, kwargs, suspects) if suspects else {}
     specs = [spec for spec in specs if spec.kernel not in reasons]
-    reasons |= applied_once(fun, params, args, kwargs, specs)
+    reasons |= check_calls(fun, params, args, kwargs, specs)
     notes.reasons.update(reasons)
     return [spec for spec in specs if spec.kernel not in reasons]
 

@@ -105,10 +105,11 @@ class RowSteps:
             def step_of(
                 inputs: Array, gradients: Array, inverses: KroneckerInverses
             ) -> KernelAndBias:
-                if not self._pulls_back:
+                if self._pulls_back:
+                    gradients = self._noted_if_mapped(spec.name, gradients)
+                else:
                     # A derivative inside the model: the rows of the loss do not come by here.
                     self._left_out.add(spec.name)
-                gradients = self._noted_if_mapped(spec.name, gradients)
                 matrices: Any = form.rows(inputs, gradients, has_bias=False)
                 flat = (matrix.reshape(-1, matrix.shape[-1]) for matrix in matrices)
                 return precondition_rows(spec, inverses, *flat)
