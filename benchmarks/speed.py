@@ -39,7 +39,7 @@ from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
 from tkfac_jax.capture import Options
-from tkfac_jax.statistics import gradients_with_fisher
+from tkfac_jax.gradients import gradients_with_fisher
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).

@@ -10,7 +10,7 @@ dense layers without the factor beta of Eq. (5.17), and two other readings of Eq
 * per location: the trace of a convolution is the mean over its locations, not the sum of Eq. (4.13).
 
 Normal damping is the mark. The learning rate is constant; everything else is as in `benchmarks.cifar`. The table says
-how large the traces and the steps are at the end. The official binary files are read from DIR, or downloaded
+how large the traces are at the end. The official binary files are read from DIR, or downloaded
 there. Runs that are stopped go on where they were when the command is given again.
 """
 

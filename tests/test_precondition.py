@@ -137,3 +137,10 @@ def test_a_product_that_overflows_is_a_long_step():
     huge = jax.tree.map(lambda leaf: 1e200 * jnp.sign(leaf + 0.01), params)
     received, _ = precondition(huge, identity_inverses(layers), layers, norm_constraint=1.0)
     assert all(bool((leaf == 0).all()) for leaf in jax.tree.leaves(received))
+
+
+def test_the_norm_constraint_needs_no_conditional():
+    """XLA would write all steps out for its branches."""
+    _, params, *_, layers = convnet_problem()
+    constrained = lambda tree: precondition(tree, identity_inverses(layers), layers, 0.1)[0]  # noqa: E731
+    assert " cond[" not in str(jax.make_jaxpr(constrained)(params))

@@ -21,6 +21,7 @@ from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
 from tkfac_jax.diagnostics import LayerDiagnostics, diagnostics
 from tkfac_jax.discovery import find_layers
 from tkfac_jax.factors import KroneckerFactors
+from tkfac_jax.gradients import value_and_grad_with_fisher
 from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
 from tkfac_jax.layers import Layers, LayerSpec
 from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
@@ -31,7 +32,6 @@ from tkfac_jax.statistics import (
     empirical_fisher,
     exact_fisher,
     sampled_fisher,
-    value_and_grad_with_fisher,
 )
 from tkfac_jax.train_state import TrainState
 from tkfac_jax.training import make_train_step

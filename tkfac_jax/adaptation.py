@@ -356,10 +356,7 @@ class Adaptive(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where a step starts: the parameters, the gradient of the objective, and the fallback's steps.
-
-    `row_steps` are those of `make_train_step`; see `rowwise`.
-    """
+    """Where a step starts: parameters, gradient of the objective, the fallback's steps, and steps from rows."""
 
     params: Any
     gradient: Any

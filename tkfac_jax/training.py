@@ -13,17 +13,15 @@ from tkfac_jax.capture import Options, Rule, trace_restricted
 from tkfac_jax.curvature import Share, find_state
 from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimator, first_examples
+from tkfac_jax.gradients import Gradients, check_estimator, gradients_with_fisher
 from tkfac_jax.layers import Layers
 from tkfac_jax.schedule import check_interval, first_step_of, num_shares, share_at
 from tkfac_jax.statistics import (
     HIGHEST,
-    Gradients,
     Likelihoods,
     Precision,
     Sharings,
-    check_estimator,
     fisher_of,
-    gradients_with_fisher,
 )
 
 ACCUMULATING = (
