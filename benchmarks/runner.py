@@ -69,6 +69,7 @@ class Method:
       inverse_interval: steps between new inverses, where that is another number.
       estimator: the Fisher of the statistics.
       model_args: see `tkfac.make_train_step`.
+      statistics_args: likewise.
       make_step: from problem and optimizer to a training step
         `(params, opt_state, model_state), inputs, targets, key -> the same three`; None: what the intervals say.
       programs: number of steps after which every program has been compiled.
@@ -82,6 +83,7 @@ class Method:
     inverse_interval: int | None = None
     estimator: Any = "sampled"
     model_args: Callable[..., tuple[Any, ...]] | None = None
+    statistics_args: Callable[..., tuple[Any, ...]] | None = None
     make_step: Callable[..., Callable[..., Any]] | None = None
     programs: int = 2
 
@@ -249,6 +251,7 @@ def _make_step(
             rule=method.rule,
             has_aux=True,
             model_args=method.model_args,
+            statistics_args=method.statistics_args,
         )
     else:
 

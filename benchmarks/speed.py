@@ -5,7 +5,8 @@
 In the environment that `make peers` makes, kfac-jax is measured as well, on the networks that `--peers` names. Inputs
 are noise: nothing is downloaded, and no time depends on them. All methods take turns, a step of each kind in each
 turn; the times are medians over the turns. A step is either plain, or takes new statistics, or new statistics and new
-inverses; what a step costs on average at intervals of the two follows from these. kfac-jax decides inside its
+inverses; what a step costs on average at intervals of the two follows from these. "Quarter": statistics over the
+first quarter of each batch. kfac-jax decides inside its
 program, so that its averages are measured over whole cycles.
 """
 
@@ -44,6 +45,8 @@ from tkfac_jax.gradients import gradients_with_fisher
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).
 APART = "new statistics, apart"
+# Statistics over the first quarter of each batch, as of make_train_step(statistics_args=...).
+QUARTER = "TKFAC, quarter"
 INTERVALS = ((1, 1), (1, 5), (10, 10), (100, 100))
 # So small that no method leaves its initial parameters.
 RATE = 1e-8
@@ -142,6 +145,13 @@ def methods() -> list[Method]:
             tkfac.independent,
         ),
         Method("TKFAC", "", lambda layers: tkfac.tkfac(RATE, layers, damping=DAMPING), 1),
+        Method(
+            QUARTER,
+            "",
+            lambda layers: tkfac.tkfac(RATE, layers, damping=DAMPING),
+            1,
+            statistics_args=lambda model_state, inputs: (model_state, inputs[: len(inputs) // 4]),
+        ),
     ]
 
 
@@ -158,7 +168,7 @@ class Contender:
         self.batch = jax.tree.map(jnp.asarray, (problem.inputs, problem.targets))
         self.programs: dict[str, Callable[..., Any]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        for kind in (INVERSES, PLAIN, STATISTICS, APART) if method.interval else (PLAIN,):
+        for kind in _kinds(method):
             self.programs[kind], self.facts[kind] = self._program(kind, method, layers)
             # The first run of a program is slower. Of statistics of zeros there would be no inverses.
             self.run(kind)
@@ -198,9 +208,10 @@ class Contender:
         problem, optimizer, key = self.problem, self.optimizer, jax.random.key(1)
         model = (problem.predict, problem.likelihood, layers)
         # As make_train_step has it.
+        alone = kind == APART or method.statistics_args is not None
         gradients_of = gradients_with_fisher(
             *model,
-            None if kind in (PLAIN, APART) else "sampled",
+            None if kind == PLAIN or alone else "sampled",
             num_samples=1,
             options=Options(method.rule),
             has_aux=True,
@@ -209,7 +220,10 @@ class Contender:
         fisher = tkfac.sampled_fisher(*model, rule=method.rule, has_aux=True)
 
         def gather(params: Any, inputs: Any) -> Any:
-            return fisher(params, problem.model_state, inputs, key=key)
+            args = problem.model_state, inputs
+            if method.statistics_args is not None:
+                args = method.statistics_args(*args)
+            return fisher(params, *args, key=key)
 
         def step(
             params: Any, opt_state: Any, inputs: Any, targets: Any, statistics: Any = None
@@ -226,6 +240,8 @@ class Contender:
             )
             options: dict[str, Any] = {}
             if second_order:
+                if method.statistics_args is not None and kind != PLAIN:
+                    statistics = gather(params, inputs)
                 options = {
                     "statistics": found.statistics if statistics is None else statistics,
                     "refresh_inverses": kind == INVERSES,
@@ -249,6 +265,13 @@ class Contender:
             return second(params, opt_state, inputs, targets, first(params, inputs))
 
         return in_two, facts
+
+
+def _kinds(method: Method) -> tuple[str, ...]:
+    """The kinds of a method's steps, in the order in which their programs first run."""
+    if method.interval is None:
+        return (PLAIN,)
+    return (INVERSES, PLAIN, STATISTICS, *(() if method.statistics_args else (APART,)))
 
 
 def _compiled(
@@ -327,7 +350,7 @@ class Peer:
 
     def _due(self) -> list[tuple[int, int]]:
         measured = {pair: cycles[-1] for pair, cycles in self.ms.items() if cycles}
-        return [pair for pair in self.intervals if max(measured.get(pair, [0])) < SLOW_MS]
+        return [pair for pair in self.intervals if np.median(measured.get(pair, [0])) < SLOW_MS]
 
     def _run(self, pair: tuple[int, int]) -> float:
         started = time.perf_counter()
@@ -443,14 +466,16 @@ def times_table(result: Mapping[str, Any]) -> str:
 
 def peers_table(result: Mapping[str, Any]) -> str:
     """The average step of TKFAC beside that of kfac-jax, at each pair of intervals at which both were measured."""
-    rows = [["intervals", "TKFAC, ms", "kfac-jax, ms", "ratio"]]
-    own, peer = (
-        next((r["average_ms"] for r in result["methods"] if r["method"] == name), {})
-        for name in ("TKFAC", "kfac-jax")
-    )
+    averages = {record["method"]: record["average_ms"] for record in result["methods"]}
+    peer = averages["kfac-jax"]
+    own = [name for name in ("TKFAC", QUARTER) if name in averages]
+    rows = [["intervals", "kfac-jax, ms", *(f"{name}, ms (ratio)" for name in own)]]
     for pair, milliseconds in peer.items():
-        ratio = own[pair] / milliseconds
-        rows.append([pair, f"{own[pair]:.0f}", f"{milliseconds:.0f}", f"{ratio:.3g}"])
+        shown = [
+            f"{averages[name][pair]:.0f} ({averages[name][pair] / milliseconds:.3g})"
+            for name in own
+        ]
+        rows.append([pair, f"{milliseconds:.0f}", *shown])
     return table(rows)
 
 

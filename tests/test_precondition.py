@@ -27,11 +27,11 @@ def conv_or_dense_spec(shape, has_bias):
 
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 3)])
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("largest_summed", [0, 2**16])
+@pytest.mark.parametrize("largest_joined", [0, 2**16])
 def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(
-    shape, has_bias, largest_summed, monkeypatch
+    shape, has_bias, largest_joined, monkeypatch
 ):
-    monkeypatch.setattr("tkfac_jax.precondition.LARGEST_SUMMED", largest_summed)
+    monkeypatch.setattr("tkfac_jax.precondition.LARGEST_JOINED", largest_joined)
     rng = np.random.default_rng(0)
     kernel, bias = rng.normal(size=shape), rng.normal(size=shape[-1])
     d_in = int(np.prod(shape[:-1])) + has_bias

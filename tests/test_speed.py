@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_benchmarks import make_mnist
 
-from benchmarks import speed
+from benchmarks import speed, subsampling
 from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
 
@@ -111,7 +112,7 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
     assert set(results) == {"mlp100", "resnet20"}
     for result in results.values():
         records = {record["method"]: record for record in result["methods"]}
-        assert list(records) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC"]
+        assert list(records) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC", speed.QUARTER]
         kinds = records["TKFAC"]["kinds"]
         assert set(kinds) == {*speed.KINDS, speed.APART}
         for facts in kinds.values():
@@ -120,9 +121,11 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
         operations = [kinds[kind]["gflop"] for kind in speed.KINDS]
         assert operations == sorted(operations)
         assert kinds[speed.APART]["gflop"] > kinds[speed.STATISTICS]["gflop"]
+        of_quarter = records[speed.QUARTER]["kinds"]
+        assert of_quarter[speed.STATISTICS]["gflop"] < kinds[speed.STATISTICS]["gflop"]
     shown = capsys.readouterr().out
     assert "resnet20: " in shown
-    assert "| TKFAC, new statistics, apart |" in shown
+    assert "| TKFAC, new statistics, apart" in shown
 
 
 @pytest.mark.parametrize("kind", [*speed.KINDS, speed.APART])
@@ -140,3 +143,19 @@ def test_every_kind_of_step_makes_the_step_of_make_train_step(kind):
     assert counts[1] - counts[0] == (kind != speed.PLAIN)
     old, new = (of_state(trees, "refreshed") for trees in (before, contender.trees))
     assert all((int(new[name]) > int(old[name])) == (kind == speed.INVERSES) for name in new)
+
+
+def test_statistics_over_parts_of_a_batch_at_small_size(tmp_path, monkeypatch, capsys):
+    make_mnist(tmp_path, 1500)
+    arguments = ["subsampling", "--data-dir", str(tmp_path), "--out-dir", str(tmp_path / "out")]
+    arguments += ["--steps", "3", "--turn", "3", "--intervals", "1", "2", "--widths", "6", "4", "6"]
+    monkeypatch.setattr("sys.argv", arguments)
+    subsampling.main()
+    results = json.loads((tmp_path / "out" / "subsampling.json").read_text())
+    names = [run["method"] for run in results["runs"]]
+    assert names == ["500 examples", "250 examples", "125 examples", "62 examples"]
+    # The same batches and parameters; other statistics from the first step on.
+    starts, ends = ([run["curve"][i]["train_loss"] for run in results["runs"]] for i in (0, -1))
+    assert len(set(starts)) == 1
+    assert len(set(ends)) == 4
+    assert "| 125 examples" in capsys.readouterr().out

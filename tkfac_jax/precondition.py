@@ -16,9 +16,9 @@ from tkfac_jax.rowwise import RowStep
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
 
-# XLA takes long to compile the product of a row and a matrix for a CPU. For matrices of no more entries than this, a
-# sum of products is as fast.
-LARGEST_SUMMED = 2**16
+# Kernels of no more entries than this are put together with their bias: XLA takes long to compile the products of
+# single rows for a CPU, and copying such a kernel takes next to nothing.
+LARGEST_JOINED = 2**16
 
 
 def precondition_kernel(
@@ -53,24 +53,17 @@ def precondition_kernel(
         rows = times_psi(multiply(spec.phi, phi, matrix))
         return layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype), None
     last = layout.bias_to_matrix(bias, stack).astype(dtype)
-    if inverses.bias is None:
+    if inverses.bias is None or spec.d_in * spec.d_out <= LARGEST_JOINED:
+        phi = inverses.phi_matrix().astype(dtype)
         whole = times_psi(multiply(spec.phi, phi, jnp.concatenate([matrix, last], -2)))
         rows, last = whole[..., : layout.rows, :], whole[..., layout.rows :, :]
     else:
         coupling = inverses.bias[..., None, :-1].astype(dtype)
         corner = inverses.bias[..., None, -1:].astype(dtype)
         rows = times_psi(phi @ matrix + coupling.mT * last)
-        last = _row_times(coupling, matrix) + corner * last
-        last = _row_times(last, psi) if spec.psi.kind == "full" else times_psi(last)
+        last = times_psi(coupling @ matrix + corner * last)
     kernel_step = layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype)
     return kernel_step, layout.matrix_to_bias(last, bias.shape, stack).astype(bias.dtype)
-
-
-def _row_times(row: Array, matrix: Array) -> Array:
-    """The product of a row and a matrix."""
-    if matrix.shape[-2] * matrix.shape[-1] > LARGEST_SUMMED:
-        return row @ matrix
-    return jnp.sum(row.mT * matrix, axis=-2, keepdims=True)
 
 
 def precondition(
