@@ -18,8 +18,9 @@ of the training set. ResNet20 has 16, 32 and 64 channels as He et al. define it,
 `--width 4` gives it the 64, 128 and 256 of the code that accompanies the paper.
 
 All methods of a seed advance in turns, and runs that are stopped go on where they were when the command is given
-again. Seconds are those of the training steps, for batches made beforehand. The official binary files are read from
-DIR, or downloaded there.
+again. What a results file of the same experiment in the directory already holds is kept and not run again, so that
+methods and seeds can be run in several sittings, and on several machines. Seconds are those of the training steps, for
+batches made beforehand. The official binary files are read from DIR, or downloaded there.
 """
 
 import os
@@ -29,7 +30,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,7 +301,25 @@ def run_seed(
     folder.mkdir(parents=True, exist_ok=True)
     runs = [Run(problem, method, seed, folder) for method in methods]
     race(runs, steps, turn, title)
-    return [run.record() | {"seed": seed} for run in runs]
+    return [run.record() | {"seed": seed, "environment": environment()} for run in runs]
+
+
+def earlier_results(path: Path, experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs and tuning of a results file, if there is one and it is of the same experiment; else none."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if not found or any(found.get(name) != value for name, value in experiment.items()):
+        return {"runs": [], "tuning": {}}
+    # A file has null for what is not finite.
+    runs = [run | {"curve": [_with_nan(point) for point in run["curve"]]} for run in found["runs"]]
+    return {"runs": runs, "tuning": found["tuning"]}
+
+
+def _with_nan(point: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float("nan") if value is None else value for name, value in point.items()}
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[str, str, int]:
+    return record["method"], record["settings"], record["seed"]
 
 
 def parse_options() -> argparse.Namespace:
@@ -376,16 +396,7 @@ def main() -> None:
         for found in best
     ]
 
-    records = []
-    for seed in options.seeds:
-        folder = options.out_dir / title / f"{steps}-steps-seed-{seed}"
-        records += run_seed(
-            make_problem(seed), methods, seed, folder, steps, turn, f"{title}, seed {seed}"
-        )
-    print(results_table(records))
-
-    results = {
-        "environment": environment(),
+    experiment = {
         "dataset": options.dataset,
         "network": options.network,
         "width": options.width,
@@ -395,10 +406,23 @@ def main() -> None:
         "interval": INTERVAL,
         "train_examples": len(data.train[0]),
         "test_examples": len(data.test[0]),
-        "tuning": tuning,
-        "runs": records,
     }
-    write_results(results, options.out_dir / f"{title}.json")
+    path = options.out_dir / f"{title}.json"
+    earlier = earlier_results(path, experiment)
+    records = list(earlier["runs"])
+    done = {_identity(record) for record in records}
+    for seed in options.seeds:
+        missing = [m for m in methods if (m.name, m.settings, seed) not in done]
+        if missing:
+            folder = options.out_dir / title / f"{steps}-steps-seed-{seed}"
+            records += run_seed(
+                make_problem(seed), missing, seed, folder, steps, turn, f"{title}, seed {seed}"
+            )
+    records.sort(key=lambda record: (record["seed"], list(NUMBERS).index(record["method"])))
+    print(results_table(records))
+
+    results = experiment | {"tuning": earlier["tuning"] | tuning, "runs": records}
+    write_results(results, path)
     picture = options.out_dir / f"{title}.png"
     means = [
         {**runs[0], "curve": mean_curve([run["curve"] for run in runs])}

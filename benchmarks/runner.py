@@ -362,4 +362,5 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
     }

@@ -311,6 +311,27 @@ def test_the_command_trains_all_methods(small, monkeypatch, capsys):
     assert "| TKFAC_new | lr 0.001, damping 0.001, floor 0.01 |" in capsys.readouterr().out
 
 
+def test_runs_of_the_same_experiment_are_kept(small, monkeypatch):
+    out, runs = small / "sittings", []
+    run_seed = cifar.run_seed
+
+    def noted(problem, methods, seed, *rest):
+        runs.append(([method.name for method in methods], seed))
+        return run_seed(problem, methods, seed, *rest)
+
+    monkeypatch.setattr(cifar, "run_seed", noted)
+    first = command(monkeypatch, small, out, "--epochs", "1", "--methods", "Adam")
+    both = ["--methods", "SGDM", "Adam", "--seeds", "0", "1"]
+    second = command(monkeypatch, small, out, "--epochs", "1", *both)
+    assert runs == [(["Adam"], 0), (["SGDM"], 0), (["SGDM", "Adam"], 1)]
+    found = [(run["method"], run["seed"]) for run in second["runs"]]
+    assert found == [("SGDM", 0), ("Adam", 0), ("SGDM", 1), ("Adam", 1)]
+    assert first["runs"] == [second["runs"][1]]
+    # Other numbers of steps are another experiment.
+    other = command(monkeypatch, small, out, "--epochs", "2", "--methods", "Adam")
+    assert len(other["runs"]) == 1
+
+
 def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
     options = ["--methods", "TKFAC_new", "--seeds", "0", "1", "--tune", "--tuning-epochs", "1"]
     options += ["--epochs", "2", "--turn", "4", "--dataset", "cifar10"]
