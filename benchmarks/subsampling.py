@@ -55,7 +55,7 @@ def results_table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         milliseconds, end = record["median_step_ms"], record["curve"][-1]
         ratio = milliseconds / records[0]["median_step_ms"]
-        losses = (f"{end[name]:.2f}" for name in ("train_loss", "test_loss"))
+        losses = f"{end['train_loss']:.2f}", f"{end['test_loss']:.2f}"
         rows.append((record["method"], f"{milliseconds:.0f}", f"{ratio:.2f}", *losses))
     return table(rows)
 
