@@ -406,6 +406,7 @@ def main() -> None:
         "interval": INTERVAL,
         "train_examples": len(data.train[0]),
         "test_examples": len(data.test[0]),
+        "evaluation_examples": options.evaluation_examples,
     }
     path = options.out_dir / f"{title}.json"
     earlier = earlier_results(path, experiment)

@@ -128,10 +128,14 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
     assert "| TKFAC, new statistics, apart" in shown
 
 
-@pytest.mark.parametrize("kind", [*speed.KINDS, speed.APART])
-def test_every_kind_of_step_makes_the_step_of_make_train_step(kind):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("TKFAC", kind) for kind in (*speed.KINDS, speed.APART)]
+    + [(speed.QUARTER, kind) for kind in speed.KINDS],
+)
+def test_every_kind_of_step_makes_the_step_of_make_train_step(name, kind):
     problem = speed.perceptron(2, 6, 5)
-    method = next(method for method in speed.methods() if method.name == "TKFAC")
+    method = next(m for m in speed.methods() if m.name == name)
     contender = speed.Contender(problem, method)
     before = jax.tree.map(jnp.array, contender.trees)
     contender.run(kind)
@@ -143,6 +147,14 @@ def test_every_kind_of_step_makes_the_step_of_make_train_step(kind):
     assert counts[1] - counts[0] == (kind != speed.PLAIN)
     old, new = (of_state(trees, "refreshed") for trees in (before, contender.trees))
     assert all((int(new[name]) > int(old[name])) == (kind == speed.INVERSES) for name in new)
+
+
+def test_a_peer_is_slow_by_its_usual_step_not_by_one_long_one():
+    peer = object.__new__(speed.Peer)
+    peer.intervals = [(1, 1), (1, 5), (10, 10)]
+    long = 2 * speed.SLOW_MS
+    peer.ms = {(1, 1): [], (1, 5): [[long] * 5], (10, 10): [[long] + [1] * 9]}
+    assert peer._due() == [(1, 1), (10, 10)]
 
 
 def test_statistics_over_parts_of_a_batch_at_small_size(tmp_path, monkeypatch, capsys):
