@@ -6,7 +6,7 @@ import oracles
 import pytest
 
 from tkfac_jax.calls import LayerCall, observing
-from tkfac_jax.structures import SMALLEST_HALVED, Structure, moment
+from tkfac_jax.structures import STRIP, Structure, dense, moment
 
 CONVOLUTIONS = {
     "plain": {},
@@ -40,7 +40,7 @@ def rows_of(model, params, x):
             output = model.apply({"params": params}, x)
         (layer,) = calls
         assert isinstance(layer, LayerCall)
-        return layer.form.rows(layer.inputs, output, layer.bias is not None), output
+        return layer.form.rows(layer.inputs, output), output
 
     (rows, gradients), output = jax.tree.map(np.asarray, run(params, x))
     return rows, gradients, output
@@ -58,9 +58,8 @@ def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
     params = {"kernel": kernel, "bias": bias} if use_bias else {"kernel": kernel}
 
     rows, gradients, expected = rows_of(model, params, x)
-    matrix = kernel.reshape(-1, 3)
-    matrix = np.concatenate([matrix, bias[None]]) if use_bias else matrix
-    np.testing.assert_allclose(rows @ matrix, expected.reshape(2, -1, 3), rtol=1e-12, atol=1e-12)
+    product = rows @ kernel.reshape(-1, 3) + (bias if use_bias else 0)
+    np.testing.assert_allclose(product, expected.reshape(2, -1, 3), rtol=1e-12, atol=1e-12)
 
     broadcast = [
         v if isinstance(v, tuple) else (v, v)
@@ -74,7 +73,7 @@ def test_rows_times_kernel_is_the_convolution(name, window, use_bias):
             for image in x
         ]
     )
-    np.testing.assert_array_equal(rows[..., : patches.shape[-1]], patches)
+    np.testing.assert_array_equal(rows, patches)
     np.testing.assert_array_equal(gradients, expected.reshape(2, -1, 3))
 
 
@@ -87,7 +86,7 @@ def test_negative_padding_crops():
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((3,), (1, 1, 4)), ((5, 3), (5, 1, 4)), ((5, 2, 6, 3), (5, 12, 4))]
+    ("shape", "expected"), [((3,), (1, 1, 3)), ((5, 3), (5, 1, 3)), ((5, 2, 6, 3), (5, 12, 3))]
 )
 def test_axes_between_batch_and_features_are_locations(shape, expected):
     model = nn.Dense(2)
@@ -96,16 +95,34 @@ def test_axes_between_batch_and_features_are_locations(shape, expected):
     rows, _, _ = rows_of(model, params, x)
     assert rows.shape == expected
     assert rows.dtype == jnp.float32
-    np.testing.assert_array_equal(rows[..., :-1].reshape(shape), x)
-    np.testing.assert_array_equal(rows[..., -1], 1)
+    np.testing.assert_array_equal(rows.reshape(shape), x)
 
 
-@pytest.mark.parametrize("size", [SMALLEST_HALVED - 1, SMALLEST_HALVED, 2 * SMALLEST_HALVED + 1])
+@pytest.mark.parametrize("homogeneous", [False, True])
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_moments_of_large_factors(size, batch):
-    """Also where they are put together from halves, odd ones too."""
+@pytest.mark.parametrize(
+    "structure",
+    [
+        *map(Structure.of_size, (2, STRIP - 1, STRIP, STRIP + 1, STRIP * 3 // 2, 2 * STRIP + 200)),
+        Structure.of_size(5, 2, "blocks"),
+        Structure.of_size(5, 2, "diagonal"),
+    ],
+    ids=str,
+)
+def test_moments(structure, batch, homogeneous):
+    """Also where they are put together from strips, and with a last entry of 1 that is not among the rows."""
     rng = np.random.default_rng(0)
-    rows, weights = rng.normal(size=(*batch, 7, size)), rng.random((*batch, 7))
-    received = moment(Structure.of_size(size), jnp.asarray(rows), jnp.asarray(weights))
+    rows, weights = rng.normal(size=(*batch, 7, structure.size)), rng.random((*batch, 7))
+    given = rows
+    if homogeneous:
+        rows[..., -1] = 1
+        given = rows[..., :-1]
+    received = moment(structure, jnp.asarray(given), jnp.asarray(weights))
     expected = np.einsum("...n,...ni,...nj->...ij", weights, rows, rows)
+    if structure.kind == "diagonal":
+        expected = np.diagonal(expected, axis1=-2, axis2=-1)
+    if structure.kind == "blocks":
+        block = np.arange(structure.size) // structure.block
+        expected = np.where(block[:, None] == block, expected, 0)
+        received = dense(structure, received)
     np.testing.assert_allclose(received, expected, rtol=1e-12, atol=1e-12)

@@ -342,7 +342,7 @@ def _accumulate(
             divisor = max(size for size in range(1, chunk + 1) if len(inputs) % size == 0)
             chunk = divisor if 2 * divisor >= chunk else chunk
             return _accumulate_chunks(spec, form, options, inputs, gradients, counting, chunk)
-    rows = form.rows(inputs, gradients, spec.has_bias)
+    rows = form.rows(inputs, gradients)
     batch, locations = rows[1].shape[-3:-1]
     weights = counting.locations(batch, locations, spec.dtype)
     return _statistics(spec, options, rows, weights)
@@ -360,7 +360,7 @@ def _accumulate_chunks(
     """Sums the statistics of a convolution over chunks of examples."""
 
     def statistics_of(inputs: Array, gradients: Array, weights: Array | None) -> LayerStatistics:
-        rows = form.rows(inputs, gradients, spec.has_bias)
+        rows = form.rows(inputs, gradients)
         return _statistics(spec, options, rows, weights)
 
     examples = len(inputs)
@@ -387,7 +387,8 @@ def _statistics(
     if options.sharing_of(spec.name) == "reduce":
         inputs, gradients = reduce_locations(inputs, gradients, weights)
         weights = None if weights is None else weights.max(-1, keepdims=True)
-    counts = options.rule(squared_norms(inputs), squared_norms(gradients), weights)
+    squares = squared_norms(spec.phi, inputs), squared_norms(spec.psi, gradients)
+    counts = options.rule(*squares, weights)
     return LayerStatistics(
         rows_moment(spec.phi, inputs, counts.inputs, options.precision),
         rows_moment(spec.psi, gradients, counts.outputs, options.precision),

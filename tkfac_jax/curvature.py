@@ -202,8 +202,8 @@ class Curvature(NamedTuple):
                 stored = self.storage.store_factors(average_factors(old, damped, weight))
             else:
                 stored = self.storage.store_factors(average_moments(old, new, weight))
-            # What is finite before may overflow in the products and quotients.
-            good = {name: all_finite((statistics[name], stored[name])) for name in active}
+            # What is not finite in a moment is not in the factor, unless the trace is infinite.
+            good = {name: all_finite((statistics[name].trace, stored[name])) for name in active}
             accepted = _all(good)
             kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), stored, factors)
             return kept, good

@@ -47,7 +47,8 @@ def kronecker_factors(statistics: LayerStatistics) -> KroneckerFactors:
 
     def normalise(moment: Array) -> Array:
         by = trace.reshape(*trace.shape, *(1,) * (moment.ndim - trace.ndim))
-        return jnp.where(by > 0, moment / jnp.where(by > 0, by, 1), 0)
+        # Times 0 and not 0, so that what is not finite stays so.
+        return jnp.where(by > 0, moment / jnp.where(by > 0, by, 1), 0 * moment)
 
     return KroneckerFactors(
         normalise(statistics.input_moment),

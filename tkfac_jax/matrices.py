@@ -2,8 +2,9 @@
 
 Every layer is one or more products `rows @ matrix`. `Layout` says how a kernel is those matrices, with
 a bias as further rows; a form (`Contraction`, `Convolution`, `Lookup`, `Attend`, `Scaling`) says which
-rows one call multiplied. So the gradient of the matrix is, per example, `sum_i a_i g_i^T` over the
-locations i, where `a_i` is an input row and `g_i` the derivative with respect to the output row.
+rows one call multiplied, without the 1 that belongs to a bias. So the gradient of the matrix is, per
+example, `sum_i a_i g_i^T` over the locations i, where `a_i` is an input row and `g_i` the derivative with
+respect to the output row.
 """
 
 import itertools
@@ -121,11 +122,11 @@ class TokenRows(NamedTuple):
 Rows = Array | TokenRows
 
 
-def squared_norms(rows: Rows) -> Float[Array, "*blocks batch locations"]:
-    """The squared length of each row."""
+def squared_norms(structure: Structure, rows: Rows) -> Float[Array, "*blocks batch locations"]:
+    """The squared length of each row of a factor; a last entry that the rows lack is 1."""
     if isinstance(rows, TokenRows):
         return rows.squares.sum(-1)
-    return jnp.sum(rows * rows, axis=-1)
+    return jnp.sum(rows * rows, axis=-1) + (structure.size - rows.shape[-1])
 
 
 def rows_moment(
@@ -195,12 +196,12 @@ class Contraction(NamedTuple):
         return cls((), rest, last, (), rest, last)
 
     def rows(
-        self, inputs: Array, gradients: Array, has_bias: bool
-    ) -> tuple[Float[Array, "*blocks batch locations d_in"], Array]:
+        self, inputs: Array, gradients: Array
+    ) -> tuple[Float[Array, "*blocks batch locations rows"], Array]:
         """The input rows and the gradient rows of a call."""
-        rows = _as_rows(inputs, self.input_blocks, self.input_rest, self.input_features)
-        return _with_one(rows, has_bias), _as_rows(
-            gradients, self.output_blocks, self.output_rest, self.output_features
+        return (
+            _as_rows(inputs, self.input_blocks, self.input_rest, self.input_features),
+            _as_rows(gradients, self.output_blocks, self.output_rest, self.output_features),
         )
 
 
@@ -210,12 +211,6 @@ def _as_rows(array: Array, blocks: Axes, rest: Axes, features: Axes) -> Array:
     batch = shape[rest[0]] if rest else 1
     width = math.prod(shape[axis] for axis in features)
     return array.transpose(*blocks, *rest, *features).reshape(*lead, batch, -1, width)
-
-
-def _with_one(rows: Array, has_bias: bool) -> Array:
-    if not has_bias:
-        return rows
-    return jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
 
 
 class Convolution(NamedTuple):
@@ -241,21 +236,20 @@ class Convolution(NamedTuple):
     flipped: bool = False
 
     def rows(
-        self, inputs: Array, gradients: Array, has_bias: bool
-    ) -> tuple[Float[Array, "*blocks batch locations d_in"], Array]:
+        self, inputs: Array, gradients: Array
+    ) -> tuple[Float[Array, "*blocks batch locations rows"], Array]:
         """The input rows (the patches, ordered as the kernel is) and the gradient rows of a call."""
         event_axes = len(self.window) + 1
         batch = inputs.shape[0] if inputs.ndim > event_axes else 1
         patches = self._patches(inputs.reshape(-1, *inputs.shape[-event_axes:]))
         gradients = gradients.reshape(batch, -1, gradients.shape[-1])
         if self.groups == 1:
-            rows = patches.reshape(*gradients.shape[:2], -1)
-            return _with_one(rows, has_bias), gradients
+            return patches.reshape(*gradients.shape[:2], -1), gradients
         shape = (*gradients.shape[:2], -1, self.groups, inputs.shape[-1] // self.groups)
         grouped = jnp.moveaxis(patches.reshape(shape), 3, 0)
         rows = grouped.reshape(*grouped.shape[:3], -1)
         by_group = gradients.reshape(*gradients.shape[:2], self.groups, -1)
-        return _with_one(rows, has_bias), jnp.moveaxis(by_group, 2, 0)
+        return rows, jnp.moveaxis(by_group, 2, 0)
 
     def patch_bytes(self, channels: int, gradients: Array) -> int:
         """Bytes of one example's input rows, for gradients `(..., *spatial, features)`."""
@@ -325,9 +319,8 @@ class Lookup(NamedTuple):
 
     size: int
 
-    def rows(self, inputs: Array, gradients: Array, has_bias: bool) -> tuple[TokenRows, Array]:
+    def rows(self, inputs: Array, gradients: Array) -> tuple[TokenRows, Array]:
         """The one-hot input rows and the gradient rows of a call."""
-        del has_bias
         gradients = gradients.reshape(
             gradients.shape[0] if inputs.ndim else 1, -1, gradients.shape[-1]
         )
@@ -338,9 +331,9 @@ class Lookup(NamedTuple):
 class Attend(NamedTuple):
     """The product with a table's transpose, as of tied embeddings: the roles of the two rows are swapped."""
 
-    def rows(self, inputs: Array, gradients: Array, has_bias: bool) -> tuple[Array, Array]:
+    def rows(self, inputs: Array, gradients: Array) -> tuple[Array, Array]:
         """The gradients, on the side of the table's rows, and the inputs, on that of its columns."""
-        rows, columns = Contraction.last_axis(inputs.ndim).rows(inputs, gradients, has_bias)
+        rows, columns = Contraction.last_axis(inputs.ndim).rows(inputs, gradients)
         return columns, rows
 
 
@@ -355,15 +348,13 @@ class Scaling(NamedTuple):
     scaled: bool
     shifted: bool
 
-    def rows(self, inputs: Array, gradients: Array, has_bias: bool) -> tuple[Array, Array]:
+    def rows(self, inputs: Array, gradients: Array) -> tuple[Array, Array]:
         """Per example the gradient of scale and bias; and the single number 1.
 
         Args:
           inputs: the normalised input, before scale and bias.
           gradients: derivatives with respect to the norm's output.
-          has_bias: not used.
         """
-        del has_bias
         flat = gradients.reshape(
             gradients.shape[0] if gradients.ndim > 1 else 1, -1, gradients.shape[-1]
         )

@@ -110,7 +110,7 @@ class RowSteps:
                 else:
                     # A derivative inside the model: the rows of the loss do not come by here.
                     self._left_out.add(spec.name)
-                matrices: Any = form.rows(inputs, gradients, has_bias=False)
+                matrices: Any = form.rows(inputs, gradients)
                 flat = (matrix.reshape(-1, matrix.shape[-1]) for matrix in matrices)
                 return precondition_rows(spec, inverses, *flat)
 

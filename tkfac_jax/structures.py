@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 
 Kind = Literal["full", "blocks", "diagonal"]
 
-# Symmetric products of fewer rows than this are computed whole: smaller blocks are slower than what they spare.
-SMALLEST_HALVED = 256
+# Rows of a symmetric product that are computed together: narrower strips are slower than what they spare. Products
+# of fewer rows than the other number are computed whole.
+STRIP = SMALLEST_IN_STRIPS = 256
 
 
 class Structure(NamedTuple):
@@ -74,18 +75,22 @@ def moment(
 
     Args:
       structure: which entries to compute.
-      rows: the rows.
+      rows: the rows; where they lack their last entry it is 1, the homogeneous coordinate of a bias.
       weights: one weight per row, not negative.
       precision: precision of the matrix products.
 
     Returns:
       The factor, `(*batch, *structure.shape)`.
     """
+    if structure.kind == "full" and structure.size >= SMALLEST_IN_STRIPS:
+        return _symmetric_product(structure.size, rows, weights, precision)
+    if rows.shape[-1] < structure.size:
+        rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
     weighted = rows * weights[..., None]
     if structure.kind == "diagonal":
         return jnp.sum(weighted * rows, axis=-2)
     if structure.kind == "full":
-        return _symmetric_product(weighted, rows, precision)
+        return jnp.matmul(weighted.mT, rows, precision=precision)
     return jnp.einsum(
         "...nki,...nkj->...kij",
         _split(structure, weighted),
@@ -95,25 +100,32 @@ def moment(
 
 
 def _symmetric_product(
-    weighted: Float[Array, "*batch rows n"],
+    size: int,
     rows: Float[Array, "*batch rows n"],
+    weights: Float[Array, "*batch rows"],
     precision: jax.lax.PrecisionLike,
-) -> Float[Array, "*batch n n"]:
-    """`weighted^T rows`, which is symmetric: what stands above the blocks of the diagonal is not computed."""
-    size = rows.shape[-1]
-    if size < SMALLEST_HALVED:
-        return jnp.matmul(weighted.mT, rows, precision=precision)
-    half = size // 2
-    first = _symmetric_product(weighted[..., :half], rows[..., :half], precision)
-    second = _symmetric_product(weighted[..., half:], rows[..., half:], precision)
-    below = jnp.matmul(weighted[..., half:].mT, rows[..., :half], precision=precision)
-    return jnp.concatenate(
-        [
-            jnp.concatenate([first, below.mT], axis=-1),
-            jnp.concatenate([below, second], axis=-1),
-        ],
-        axis=-2,
-    )
+) -> Float[Array, "*batch size size"]:
+    """`rows^T diag(weights) rows` in strips, each as far as its block of the diagonal: the rest is their transposes.
+
+    The homogeneous coordinate is a strip of its own, for which the rows need not be copied.
+    """
+    width = rows.shape[-1]
+    weighted = rows * weights[..., None]
+    starts = range(0, width - STRIP // 2, STRIP)
+    bounds = list(zip(starts, [*starts[1:], width], strict=True))
+    strips = [
+        jnp.matmul(weighted[..., start:end].mT, rows[..., :end], precision=precision)
+        for start, end in bounds
+    ]
+    if width < size:
+        last = jnp.matmul(weights[..., None, :], rows, precision=precision)
+        strips.append(jnp.concatenate([last, weights.sum(-1)[..., None, None]], axis=-1))
+        bounds.append((width, size))
+    whole = [
+        jnp.concatenate([strip, *(below[..., start:end].mT for below in strips[number:])], axis=-1)
+        for number, ((start, end), strip) in enumerate(zip(bounds, strips, strict=True), 1)
+    ]
+    return jnp.concatenate(whole, axis=-2)
 
 
 def trace(structure: Structure, factor: Array) -> Float[Array, "*batch"]:
