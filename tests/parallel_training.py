@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tkfac_jax as tkfac
+from tkfac_jax import inverses
 from tkfac_jax.meshes import is_checked
 
 STEPS = 5
@@ -158,6 +159,8 @@ def global_array(array, sharding):
 
 def main():
     process, processes, port, file = sys.argv[1:]
+    # As conftest.py has it.
+    inverses.LARGEST_JOINED = 40
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -78,7 +78,9 @@ def test_cholesky_inverse_says_nan_where_it_fails(size, where):
     assert bool(jnp.isnan(received[1]).any())
 
 
-def test_all_layers_are_inverted_with_and_without_bias():
+@pytest.mark.parametrize("largest_joined", [0, 2**16])
+def test_all_layers_are_inverted_with_and_without_bias(largest_joined, monkeypatch):
+    monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", largest_joined)
     layers, factors, old = layers_of([(5, 3), (5, 5), (2, 3)], [True, False, True])
     received, failures = jax.jit(lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse))(
         factors, old
@@ -89,7 +91,7 @@ def test_all_layers_are_inverted_with_and_without_bias():
             inverse.phi_matrix(), np.linalg.inv(factors[name].phi), rtol=1e-9
         )
         np.testing.assert_allclose(inverse.psi, np.linalg.inv(factors[name].psi), rtol=1e-9)
-        assert (inverse.bias is None) == (not layers[name].has_bias)
+        assert (inverse.bias is None) == (largest_joined > 0 or not layers[name].has_bias)
 
 
 def test_equal_sizes_are_inverted_in_one_stack():

@@ -31,7 +31,7 @@ def conv_or_dense_spec(shape, has_bias):
 def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(
     shape, has_bias, largest_joined, monkeypatch
 ):
-    monkeypatch.setattr("tkfac_jax.precondition.LARGEST_JOINED", largest_joined)
+    monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", largest_joined)
     rng = np.random.default_rng(0)
     kernel, bias = rng.normal(size=shape), rng.normal(size=shape[-1])
     d_in = int(np.prod(shape[:-1])) + has_bias
@@ -46,9 +46,10 @@ def test_preconditioning_is_a_dense_solve_with_the_kronecker_product(
     inverses = tkfac.KroneckerInverses.from_factors(
         layer, jnp.asarray(np.linalg.inv(phi)), jnp.asarray(np.linalg.inv(psi))
     )
-    kernel_step, bias_step = precondition_kernel(
+    kernel_step, bias_step, finite = precondition_kernel(
         layer, inverses, jnp.asarray(kernel), jnp.asarray(bias) if has_bias else None
     )
+    assert finite
     rows = matrix[:-1] if has_bias else matrix
     np.testing.assert_allclose(
         kernel_step.reshape(rows.shape), expected[: len(rows)], rtol=1e-10, atol=1e-13
@@ -144,3 +145,26 @@ def test_the_norm_constraint_needs_no_conditional():
     _, params, *_, layers = convnet_problem()
     constrained = lambda tree: precondition(tree, identity_inverses(layers), layers, 0.1)[0]  # noqa: E731
     assert " cond[" not in str(jax.make_jaxpr(constrained)(params))
+
+
+@pytest.mark.parametrize("largest_joined", [0, 2**16])
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "float32")])
+@pytest.mark.parametrize("where", ["kernel", "bias"])
+def test_steps_that_overflow_in_the_dtype_of_their_gradient_are_zero(
+    where, dtypes, largest_joined, monkeypatch
+):
+    """Also where kernel and bias have different dtypes, and only one of them is too large."""
+    monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", largest_joined)
+    layer = conv_or_dense_spec((4, 3), has_bias=True)
+    # The last row is the bias's.
+    scale = np.array([2.0, 2, 2, 2, 1] if where == "kernel" else [1.0, 1, 1, 1, 2])
+    inverses = tkfac.KroneckerInverses.from_factors(
+        layer, jnp.asarray(np.diag(scale * 600)), jnp.eye(3)
+    )
+    kernel, bias = jnp.full((4, 3), 100, dtypes[0]), jnp.full(3, 100, dtypes[1])
+    kernel_step, bias_step, finite = precondition_kernel(layer, inverses, kernel, bias)
+    assert (kernel_step.dtype, bias_step.dtype) == dtypes
+    # 120,000 is more than a float16 holds.
+    assert bool(finite) == (dict(zip(("kernel", "bias"), dtypes, strict=True))[where] == "float32")
+    np.testing.assert_array_equal(kernel_step, 60_000 if finite else 0)
+    np.testing.assert_array_equal(bias_step, 120_000 if finite else 0)

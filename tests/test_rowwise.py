@@ -37,8 +37,12 @@ def positive_definite(seed, size):
 @pytest.mark.parametrize("sizes", [(5, 7), (7, 5)])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_it_is_a_dense_solve_with_the_kronecker_product(rows, sizes, has_bias, transposed):
+@pytest.mark.parametrize("largest_joined", [0, 2**16])
+def test_it_is_a_dense_solve_with_the_kronecker_product(
+    rows, sizes, has_bias, transposed, largest_joined, monkeypatch
+):
     """Rows that are fewer than neither, one or both of the sizes."""
+    monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", largest_joined)
     d_in, d_out = sizes
     rng = np.random.default_rng(0)
     inputs, gradients = rng.normal(size=(rows, d_in)), rng.normal(size=(rows, d_out))

@@ -26,6 +26,10 @@ DAMPING_SHARES = (0.0, 1e-4, 1e-2, 1.0)
 SMALLEST_BLOCK = 128
 LARGEST_LEVELS = 3
 
+# Kernels of no more entries than this are preconditioned together with their bias: XLA takes long to compile the
+# products of single rows for a CPU, and copying such a kernel takes next to nothing.
+LARGEST_JOINED = 2**16
+
 ONE_DEVICE = Devices()
 
 
@@ -33,7 +37,7 @@ class KroneckerInverses(NamedTuple):
     """The inverses of a layer's two damped factors, the bias's row of the first one apart.
 
     The inverse of phi is `[[phi, q], [q^T, s]]` with `bias = [q, s]`: kernel and bias are
-    preconditioned without being concatenated. A layer without bias, or whose input factor is not
+    preconditioned without being concatenated. A small layer, one without bias, or one whose input factor is not
     stored whole, has the inverse of phi as one array and no `bias`.
 
     Attributes:
@@ -62,8 +66,9 @@ class KroneckerInverses(NamedTuple):
 
 
 def keeps_bias_apart(spec: LayerSpec) -> bool:
-    """Whether the bias is one row of an input factor that is stored whole."""
-    return spec.phi.kind == "full" and spec.layout.bias_rows == 1
+    """Whether the bias is one row of an input factor that is stored whole, and the kernel is large."""
+    large = spec.d_in * spec.d_out > LARGEST_JOINED
+    return large and spec.phi.kind == "full" and spec.layout.bias_rows == 1
 
 
 def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:

@@ -6,24 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from tkfac_jax.finite import all_finite
 from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
+from tkfac_jax.matrices import Layout
 from tkfac_jax.meshes import automatic, specs_of
 from tkfac_jax.rowwise import RowStep
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
 
-# Kernels of no more entries than this are put together with their bias: XLA takes long to compile the products of
-# single rows for a CPU, and copying such a kernel takes next to nothing.
-LARGEST_JOINED = 2**16
-
 
 def precondition_kernel(
     spec: LayerSpec, inverses: KroneckerInverses, kernel: Array, bias: Array | None
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, Bool[Array, ""]]:
     """The natural gradient of one layer: `Phi^-1 W Psi^-1`, the bias as last row of `W`.
 
     Args:
@@ -33,7 +31,8 @@ def precondition_kernel(
       bias: gradient of the bias, or None.
 
     Returns:
-      The preconditioned gradients, in the shapes and dtypes of the gradients.
+      The preconditioned gradients, in the shapes and dtypes of the gradients; and whether they are finite. What is
+      not is zero.
 
     Source: Gao et al. 2021, Algorithm 1.
     """
@@ -49,21 +48,37 @@ def precondition_kernel(
             return rows @ psi
         return multiply(spec.psi, psi, rows.mT).mT
 
-    if bias is None:
-        rows = times_psi(multiply(spec.phi, phi, matrix))
-        return layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype), None
-    last = layout.bias_to_matrix(bias, stack).astype(dtype)
-    if inverses.bias is None or spec.d_in * spec.d_out <= LARGEST_JOINED:
-        phi = inverses.phi_matrix().astype(dtype)
-        whole = times_psi(multiply(spec.phi, phi, jnp.concatenate([matrix, last], -2)))
-        rows, last = whole[..., : layout.rows, :], whole[..., layout.rows :, :]
+    last = None if bias is None else layout.bias_to_matrix(bias, stack).astype(dtype)
+    parts: tuple[Array, ...]
+    if last is None or inverses.bias is None:
+        whole = matrix if last is None else jnp.concatenate([matrix, last], -2)
+        parts = (times_psi(multiply(spec.phi, phi, whole)),)
     else:
         coupling = inverses.bias[..., None, :-1].astype(dtype)
         corner = inverses.bias[..., None, -1:].astype(dtype)
-        rows = times_psi(phi @ matrix + coupling.mT * last)
-        last = times_psi(coupling @ matrix + corner * last)
-    kernel_step = layout.matrix_to_kernel(rows, kernel.shape, stack).astype(kernel.dtype)
-    return kernel_step, layout.matrix_to_bias(last, bias.shape, stack).astype(bias.dtype)
+        parts = (
+            times_psi(phi @ matrix + coupling.mT * last),
+            times_psi(coupling @ matrix + corner * last),
+        )
+
+    # What overflows in a gradient's own dtype is not finite either.
+    dtypes = [array.dtype for array in (kernel, bias) if array is not None]
+    if len(set(dtypes)) > len(parts):
+        parts = _kernel_and_bias(layout, parts[0])
+    parts = tuple(part.astype(own) for part, own in zip(parts, dtypes, strict=False))
+    finite = all_finite(parts)
+    parts = tuple(jnp.where(finite, part, 0) for part in parts)
+    if len(dtypes) > len(parts):
+        parts = _kernel_and_bias(layout, parts[0])
+    kernel_step = layout.matrix_to_kernel(parts[0], kernel.shape, stack)
+    if bias is None:
+        return kernel_step, None, finite
+    return kernel_step, layout.matrix_to_bias(parts[1], bias.shape, stack), finite
+
+
+def _kernel_and_bias(layout: Layout, matrix: Array) -> tuple[Array, Array]:
+    """The rows of kernel and bias."""
+    return matrix[..., : layout.rows, :], matrix[..., layout.rows :, :]
 
 
 def precondition(
@@ -98,20 +113,24 @@ def precondition(
         given = leaves[spec.kernel], bias
         from_rows = row_steps.get(name)
         used = gradient_is_used or norm_constraint is not None
-        needed = None
         if from_rows is not None and from_rows.stands_for(given, inverse, used):
-            kernel_step, bias_step = from_rows.step
+            step = from_rows.step
             # What else the gradient serves for bears no overflow in its own dtype.
-            needed = given if used else None
-        else:
-            kernel_step, bias_step = automatic(
-                functools.partial(precondition_kernel, spec), inverse, *given, out=specs_of(given)
+            finite = all_finite((step, given if used else None))
+            kernel_step, bias_step = jax.tree.map(
+                lambda part, ok=finite: jnp.where(ok, part, 0), step
             )
-        finite = all_finite((kernel_step, bias_step, needed))
+        else:
+            kernel_step, bias_step, finite = automatic(
+                functools.partial(precondition_kernel, spec),
+                inverse,
+                *given,
+                out=(*specs_of(given), PartitionSpec()),
+            )
         good[name] = finite
-        steps[spec.kernel] = jnp.where(finite, kernel_step, 0)
+        steps[spec.kernel] = kernel_step
         if spec.bias is not None and bias_step is not None:
-            steps[spec.bias] = jnp.where(finite, bias_step, 0)
+            steps[spec.bias] = bias_step
     if norm_constraint is not None:
         steps = _constrain(steps, leaves, norm_constraint)
     return replace_leaves(gradients, steps), good

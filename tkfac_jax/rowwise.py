@@ -197,7 +197,11 @@ def precondition_rows(
     columns = gradients @ psi if psi_first else gradients
     last = None
     if inverses.bias is None:
+        if spec.has_bias:
+            inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[:, :1])], axis=-1)
         matrix = (inputs @ phi.mT).mT @ columns if phi_first else phi @ (inputs.mT @ columns)
+        if spec.has_bias:
+            matrix, last = matrix[:-1], matrix[-1:]
     else:
         coupling, corner = (
             inverses.bias[:-1].astype(dtype),
