@@ -233,7 +233,6 @@ def _invert_with_retries(
     """Inverts a stack, the failures again with more damping; also says which ones succeeded."""
     # Divided before it is summed: the sum may overflow, and no share of infinity is a number.
     mean_diagonal = (jnp.diagonal(matrices, axis1=-2, axis2=-1) / matrices.shape[-1]).sum(-1)
-    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     shares = jnp.asarray(DAMPING_SHARES, matrices.dtype)
 
     # Each attempt inverts all of the stack: then the inverse is compiled once, and no results are merged.
@@ -241,7 +240,9 @@ def _invert_with_retries(
         tried, _, good = carry
         tried = jnp.where(good, tried, tried + 1)
         extra = shares[tried] * mean_diagonal
-        results = inverse(matrices + extra[:, None, None] * identity)
+        # Compared here: an identity matrix from outside would be written to memory, and read.
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, matrices.shape, axis) for axis in (1, 2))
+        results = inverse(jnp.where(row == column, matrices + extra[:, None, None], matrices))
         return tried, results, _is_good(results)
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
