@@ -13,7 +13,8 @@ KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
 
 # What runs on the oldest and the newest releases: the tests that meet the most of the APIs of JAX, Flax and Optax.
 RELEASE_TESTS := \
-  tests/test_adaptive.py \
+  tests/test_adaptive.py::test_make_train_step_equals_the_step_by_hand \
+  tests/test_adaptive.py::test_lengths_are_those_of_the_dense_model \
   tests/test_calls.py \
   tests/test_composed_layers.py \
   tests/test_distributed.py \
