@@ -6,7 +6,8 @@ import oracles
 import pytest
 
 from tkfac_jax.calls import LayerCall, observing
-from tkfac_jax.structures import STRIP, Structure, dense, moment
+from tkfac_jax.structures import SMALLEST_IN_STRIPS as SMALL
+from tkfac_jax.structures import Structure, dense, moment
 
 CONVOLUTIONS = {
     "plain": {},
@@ -103,16 +104,17 @@ def test_axes_between_batch_and_features_are_locations(shape, expected):
 @pytest.mark.parametrize(
     "structure",
     [
-        *map(Structure.of_size, (2, STRIP - 1, STRIP, STRIP + 1, STRIP * 3 // 2, 2 * STRIP + 200)),
+        *map(Structure.of_size, (2, SMALL - 1, SMALL, SMALL + 1, 5 * SMALL // 2)),
         Structure.of_size(5, 2, "blocks"),
         Structure.of_size(5, 2, "diagonal"),
     ],
     ids=str,
 )
-def test_moments(structure, batch, homogeneous):
+@pytest.mark.parametrize("count", [7, SMALL])
+def test_moments(structure, count, batch, homogeneous):
     """Also where they are put together from strips, and with a last entry of 1 that is not among the rows."""
     rng = np.random.default_rng(0)
-    rows, weights = rng.normal(size=(*batch, 7, structure.size)), rng.random((*batch, 7))
+    rows, weights = rng.normal(size=(*batch, count, structure.size)), rng.random((*batch, count))
     given = rows
     if homogeneous:
         rows[..., -1] = 1

@@ -6,6 +6,7 @@ that nothing else asks how it is stored. Leading axes (layers of a stack, groups
 convolution) are a batch throughout.
 """
 
+import itertools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,10 @@ from jaxtyping import Array, Float
 
 Kind = Literal["full", "blocks", "diagonal"]
 
-# Rows of a symmetric product that are computed together: narrower strips are slower than what they spare. Products
-# of fewer rows than the other number are computed whole.
-STRIP = SMALLEST_IN_STRIPS = 256
+# About so many rows of a symmetric product are computed together: narrower strips are slower than what they spare.
+# Smaller products, and those over fewer examples and locations, are computed whole.
+STRIP = 160
+SMALLEST_IN_STRIPS = 256
 
 
 class Structure(NamedTuple):
@@ -82,7 +84,7 @@ def moment(
     Returns:
       The factor, `(*batch, *structure.shape)`.
     """
-    if structure.kind == "full" and structure.size >= SMALLEST_IN_STRIPS:
+    if structure.kind == "full" and min(structure.size, rows.shape[-2]) >= SMALLEST_IN_STRIPS:
         return _symmetric_product(structure.size, rows, weights, precision)
     if rows.shape[-1] < structure.size:
         rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
@@ -111,8 +113,9 @@ def _symmetric_product(
     """
     width = rows.shape[-1]
     weighted = rows * weights[..., None]
-    starts = range(0, width - STRIP // 2, STRIP)
-    bounds = list(zip(starts, [*starts[1:], width], strict=True))
+    count = round(width / STRIP)
+    ends = [width * number // count for number in range(count + 1)]
+    bounds = list(itertools.pairwise(ends))
     strips = [
         jnp.matmul(weighted[..., start:end].mT, rows[..., :end], precision=precision)
         for start, end in bounds
