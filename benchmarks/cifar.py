@@ -18,8 +18,9 @@ of the training set. ResNet20 has 16, 32 and 64 channels as He et al. define it,
 `--width 4` gives it the 64, 128 and 256 of the code that accompanies the paper.
 
 All methods of a seed advance in turns, and runs that are stopped go on where they were when the command is given
-again. What a results file of the same experiment in the directory already holds is kept and not run again, so that
-methods and seeds can be run in several sittings, and on several machines. Seconds are those of the training steps, for
+again. What a results file of the same experiment in the directory already holds is kept and not run again, and each
+seed is added when it is done, so that methods and seeds can be run in several sittings, side by side, and on several
+machines. Seconds are those of the training steps, for
 batches made beforehand. The official binary files are read from DIR, or downloaded there.
 """
 
@@ -314,6 +315,21 @@ def earlier_results(path: Path, experiment: Mapping[str, Any]) -> dict[str, Any]
     return {"runs": runs, "tuning": found["tuning"]}
 
 
+def add_results(
+    path: Path,
+    experiment: Mapping[str, Any],
+    tuning: Mapping[str, Any],
+    records: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Adds runs to a results file, beside those of the same experiment that it holds by now; returns all of them."""
+    earlier = earlier_results(path, experiment)
+    runs = {_identity(record): record for record in [*earlier["runs"], *records]}
+    order = list(NUMBERS)
+    records = sorted(runs.values(), key=lambda run: (run["seed"], order.index(run["method"])))
+    write_results({**experiment, "tuning": {**earlier["tuning"], **tuning}, "runs": records}, path)
+    return records
+
+
 def _with_nan(point: Mapping[str, float | None]) -> dict[str, float]:
     return {name: float("nan") if value is None else value for name, value in point.items()}
 
@@ -409,21 +425,18 @@ def main() -> None:
         "evaluation_examples": options.evaluation_examples,
     }
     path = options.out_dir / f"{title}.json"
-    earlier = earlier_results(path, experiment)
-    records = list(earlier["runs"])
-    done = {_identity(record) for record in records}
+    done = {_identity(record) for record in earlier_results(path, experiment)["runs"]}
     for seed in options.seeds:
         missing = [m for m in methods if (m.name, m.settings, seed) not in done]
         if missing:
             folder = options.out_dir / title / f"{steps}-steps-seed-{seed}"
-            records += run_seed(
+            found = run_seed(
                 make_problem(seed), missing, seed, folder, steps, turn, f"{title}, seed {seed}"
             )
-    records.sort(key=lambda record: (record["seed"], list(NUMBERS).index(record["method"])))
+            add_results(path, experiment, tuning, found)
+    records = add_results(path, experiment, tuning, [])
     print(results_table(records))
 
-    results = experiment | {"tuning": earlier["tuning"] | tuning, "runs": records}
-    write_results(results, path)
     picture = options.out_dir / f"{title}.png"
     means = [
         {**runs[0], "curve": mean_curve([run["curve"] for run in runs])}

@@ -332,6 +332,26 @@ def test_runs_of_the_same_experiment_are_kept(small, monkeypatch):
     assert len(other["runs"]) == 1
 
 
+def test_seeds_are_added_as_they_end_and_beside_those_of_other_commands(small, monkeypatch):
+    out, seen = small / "side by side", []
+    run_seed = cifar.run_seed
+
+    def while_another_command_ends(problem, methods, seed, *rest):
+        if seed == 1:
+            (path,) = out.glob("*.json")
+            results = json.loads(path.read_text())
+            seen.extend(run["seed"] for run in results["runs"])
+            results["runs"].append(results["runs"][0] | {"seed": 7})
+            path.write_text(json.dumps(results))
+        return run_seed(problem, methods, seed, *rest)
+
+    monkeypatch.setattr(cifar, "run_seed", while_another_command_ends)
+    arguments = ["--epochs", "1", "--methods", "SGDM", "--seeds", "0", "1"]
+    results = command(monkeypatch, small, out, *arguments)
+    assert seen == [0]
+    assert [run["seed"] for run in results["runs"]] == [0, 1, 7]
+
+
 def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
     options = ["--methods", "TKFAC_new", "--seeds", "0", "1", "--tune", "--tuning-epochs", "1"]
     options += ["--epochs", "2", "--turn", "4", "--dataset", "cifar10"]
