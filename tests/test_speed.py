@@ -16,6 +16,11 @@ from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
 
 
+@pytest.fixture(autouse=True)
+def every_program_is_compiled_once(monkeypatch):
+    monkeypatch.setattr(speed, "COMPILATIONS", 1)
+
+
 def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
@@ -87,6 +92,18 @@ def test_averages_follow_from_the_kinds(intervals, expected):
     medians = {speed.PLAIN: 1.0, speed.STATISTICS: 10.0, speed.INVERSES: 100.0}
     assert speed.average(medians, *intervals) == pytest.approx(expected)
     assert speed.average({speed.PLAIN: 3.0}, *intervals) == 3
+
+
+@pytest.mark.parametrize(("longest", "count"), [(1e3, 3), (1e-9, 1)])
+def test_compilation_is_timed_several_times_unless_it_takes_long(longest, count, monkeypatch):
+    monkeypatch.setattr(speed, "COMPILATIONS", 3)
+    monkeypatch.setattr(speed, "COMPILING_S", longest)
+    cleared = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(1))
+    program, facts = speed._compiled(lambda x: 2 * x, jnp.ones(3))
+    assert len(cleared) == count
+    np.testing.assert_array_equal(program(jnp.ones(3)), 2)
+    assert facts["compile_seconds"] > 0
 
 
 def test_memory_that_an_action_takes():
