@@ -259,7 +259,9 @@ def test_refresh_can_be_decided_by_the_caller():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("averaging", ["factors", "moments"])
-def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging):
+@pytest.mark.parametrize("trace", ["its own", 0.0, jnp.inf])
+def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging, trace):
+    """Also where a trace of 0 or infinity would make a factor finite."""
     *_, layers = small_problem()
     state, update = small_update(tkfac.scale_by_tkfac(layers, averaging=averaging))
     _, before = update(state, statistics_at())
@@ -267,6 +269,10 @@ def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging):
     moment = np.array(broken["Dense_0"].output_moment)
     moment[0, 1] = bad
     broken["Dense_0"] = broken["Dense_0"]._replace(output_moment=jnp.asarray(moment))
+    if trace != "its own":
+        broken["Dense_0"] = broken["Dense_0"]._replace(
+            trace=jnp.full_like(broken["Dense_0"].trace, trace)
+        )
     updates, after = update(before, broken)
     assert int(after.skipped_statistics) == 1
     assert int(after.factor_updates) == 1
