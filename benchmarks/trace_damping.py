@@ -20,7 +20,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,8 +126,10 @@ def variants() -> list[Method]:
     ]
 
 
-def traces_of(run: Run) -> dict[str, float]:
-    """Smallest and largest average trace of a convolution, and that of the dense layer."""
+def traces_of(run: Run) -> dict[str, float] | None:
+    """Smallest and largest average trace of a convolution, and that of the dense layer; None if the rule has none."""
+    if run.method.rule is not tkfac.trace_restricted:
+        return None
     factors = optax.tree.get(run.trees[1], "factors")
     traces = {name: float(factor.delta) for name, factor in factors.items()}
     convs = [traces[name] for name, spec in run.layers.items() if spec.kind == "conv"]
@@ -142,21 +144,22 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> str:
     for key in dict.fromkeys((record["method"], record["settings"]) for record in records):
         runs = [record for record in records if (record["method"], record["settings"]) == key]
         ends, traces = [run["curve"][-1] for run in runs], runs[0]["traces"]
+        spread = f"{traces['smallest']:.2g} to {traces['largest']:.2g}" if traces else "-"
         rows.append(
             (
                 *key,
                 mean_and_deviation([end["train_loss"] for end in ends], ".3f"),
                 mean_and_deviation([100 * end["test_accuracy"] for end in ends], ".1f"),
-                f"{traces['smallest']:.2g} to {traces['largest']:.2g}",
-                f"{traces['dense']:.2g}",
+                spread,
+                f"{traces['dense']:.2g}" if traces else "-",
             )
         )
     return table(rows)
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def compare(what: str, description: str, variants: Callable[[], Sequence[Method]]) -> None:
+    """The command that trains ResNet20 with each variant and compares them; `what` names its results."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="directory of CIFAR's folders")
     parser.add_argument("--steps", type=int, default=390, help="of each run; 390 are an epoch")
     parser.add_argument("--turn", type=int, help="steps between evaluations; all if not given")
@@ -165,7 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, help="at most so many examples of each split, for a quick try"
     )
-    parser.add_argument("--out-dir", type=Path, default=Path("results/trace_damping"))
+    parser.add_argument("--out-dir", type=Path, default=Path("results") / what)
     options = parser.parse_args()
 
     data = load_cifar(options.data_dir, "cifar10").first(options.examples, options.examples)
@@ -175,7 +178,7 @@ def main() -> None:
         problem = cifar_problem(data, model, seed, evaluation_examples=EVALUATION_EXAMPLES)
         folder = options.out_dir / f"checkpoints-width-{options.width:g}-seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        # One after the other: what differs is the damping, not the time that it takes.
+        # One after the other: what differs is what they learn, not the time that it takes.
         for method in variants():
             run = Run(problem, method, seed, folder)
             race(
@@ -194,9 +197,14 @@ def main() -> None:
         "width": options.width,
         "runs": records,
     }
-    path = options.out_dir / "trace_damping.json"
+    path = options.out_dir / f"{what}.json"
     write_results(results, path)
     print(f"The results are in {path}.")
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    compare("trace_damping", __doc__ or "", variants)
 
 
 if __name__ == "__main__":

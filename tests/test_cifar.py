@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import tkfac_jax as tkfac
-from benchmarks import cifar, cifar_data, runner, trace_damping
+from benchmarks import cifar, cifar_data, factored_damping, runner, trace_damping
 from benchmarks.cifar_data import FORMATS
 from benchmarks.figures import mean_and_deviation, mean_curve
 
@@ -499,3 +499,25 @@ def test_the_trace_damping_command_and_its_resumption(small, monkeypatch, capsys
         assert 0 <= whole["traces"]["smallest"] <= whole["traces"]["largest"]
         assert whole["traces"]["dense"] > 0
     assert ends[0][0]["curve"][-1]["train_loss"] != ends[0][1]["curve"][-1]["train_loss"]
+
+
+def test_the_factored_damping_command(small, monkeypatch, capsys):
+    """Each variant has the rule that its name says, and the three of equal lambda differ."""
+    variants = factored_damping.variants()
+    assert len({method.slug for method in variants}) == len(variants)
+    for method in variants:
+        expected = tkfac.independent if method.name.startswith("KFAC") else tkfac.trace_restricted
+        assert method.rule is expected
+    compared = [method for method in variants if method.settings == "damping 0.001"]
+    assert len(compared) == 4
+    monkeypatch.setattr(factored_damping, "variants", lambda: compared)
+    out = small / "out"
+    arguments = ["--data-dir", str(small / "data"), "--out-dir", str(out), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["factored_damping", *arguments])
+    factored_damping.main()
+    runs = json.loads((out / "factored_damping.json").read_text())["runs"]
+    assert len({run["curve"][-1]["train_loss"] for run in runs}) == 4
+    assert [run["traces"] is None for run in runs] == [
+        method.name.startswith("KFAC") for method in compared
+    ]
+    assert "| KFAC, normal | damping 0.001 |" in " ".join(capsys.readouterr().out.split())
