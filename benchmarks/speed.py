@@ -6,7 +6,9 @@ In the environment that `make peers` makes, kfac-jax is measured as well, on the
 are noise: nothing is downloaded, and no time depends on them. All methods take turns, a step of each kind in each
 turn; the times are medians over the turns. A step is either plain, or takes new statistics, or new statistics and new
 inverses; what a step costs on average at intervals of the two follows from these. "Quarter": statistics over the
-first quarter of each batch. kfac-jax decides inside its program, so that its averages are measured over whole cycles.
+first quarter of each batch. "Apart": statistics from a program of their own, as `make_train_step` takes them where
+layers are convolutions and the interval is at least 10; averages follow it. kfac-jax decides inside its program, so
+that its averages are measured over whole cycles.
 Seconds of compilation, tracing included, are medians of three unless that takes long.
 """
 
@@ -41,10 +43,11 @@ from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
 from tkfac_jax.capture import Options
 from tkfac_jax.gradients import gradients_with_fisher
+from tkfac_jax.training import takes_statistics_apart
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).
-APART = "new statistics, apart"
+APART = {STATISTICS: "new statistics, apart", INVERSES: "new inverses, apart"}
 # Statistics over the first quarter of each batch, as of make_train_step(statistics_args=...).
 QUARTER = "TKFAC, quarter"
 INTERVALS = ((1, 1), (1, 5), (10, 10), (100, 100))
@@ -163,15 +166,15 @@ class Contender:
     def __init__(self, problem: Problem, method: Method):
         """Compiles the programs, and says how long that took."""
         self.problem, self.name = problem, method.name
-        layers = problem.find_layers()
-        self.optimizer = method.build(layers)
+        self.layers = problem.find_layers()
+        self.optimizer = method.build(self.layers)
         params = jax.tree.map(jnp.array, problem.params)
         self.trees = (params, jax.jit(self.optimizer.init)(params))
         self.batch = jax.tree.map(jnp.asarray, (problem.inputs, problem.targets))
         self.programs: dict[str, Callable[..., Any]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        for kind in _kinds(method):
-            self.programs[kind], self.facts[kind] = self._program(kind, method, layers)
+        for kind in _kinds(method, self.layers):
+            self.programs[kind], self.facts[kind] = self._program(kind, method)
             # The first run of a program is slower. Of statistics of zeros there would be no inverses.
             self.run(kind)
 
@@ -196,21 +199,26 @@ class Contender:
         """What was measured, and what follows for a step on average."""
         kinds = {
             kind: self.facts[kind] | {"median_ms": float(np.median(self.facts[kind]["ms"]))}
-            for kind in (*KINDS, APART)
+            for kind in (*KINDS, *APART.values())
             if kind in self.facts
         }
         medians = {kind: facts["median_ms"] for kind, facts in kinds.items()}
-        averages = {_pair(*pair): average(medians, *pair) for pair in INTERVALS}
+        averages = {
+            _pair(*pair): average(
+                medians, *pair, apart=takes_statistics_apart(self.layers, pair[0])
+            )
+            for pair in INTERVALS
+        }
         return {"method": self.name, "kinds": kinds, "average_ms": averages}
 
-    def _program(
-        self, kind: str, method: Method, layers: tkfac.Layers
-    ) -> tuple[Callable[..., Any], dict[str, Any]]:
+    def _program(self, kind: str, method: Method) -> tuple[Callable[..., Any], dict[str, Any]]:
         """A compiled step of a kind, and what is known of it before it runs."""
         problem, optimizer, key = self.problem, self.optimizer, jax.random.key(1)
-        model = (problem.predict, problem.likelihood, layers)
+        model = (problem.predict, problem.likelihood, self.layers)
         # As make_train_step has it.
-        alone = kind == APART or method.statistics_args is not None
+        apart = kind in APART.values()
+        alone = apart or method.statistics_args is not None
+        refresh = kind in (INVERSES, APART[INVERSES])
         gradients_of = gradients_with_fisher(
             *model,
             None if kind == PLAIN or alone else "sampled",
@@ -231,7 +239,7 @@ class Contender:
             params: Any, opt_state: Any, inputs: Any, targets: Any, statistics: Any = None
         ) -> Any:
             second_order = method.interval is not None
-            old = second_order and kind != INVERSES
+            old = second_order and not refresh
             found = gradients_of(
                 params,
                 problem.model_state,
@@ -246,13 +254,13 @@ class Contender:
                     statistics = gather(params, inputs)
                 options = {
                     "statistics": found.statistics if statistics is None else statistics,
-                    "refresh_inverses": kind == INVERSES,
+                    "refresh_inverses": refresh,
                     "row_steps": found.row_steps,
                 }
             updates, opt_state = optimizer.update(found.gradient, opt_state, params, **options)
             return optax.apply_updates(params, updates), opt_state
 
-        if kind != APART:
+        if not apart:
             return _compiled(step, *self.trees, *self.batch, donated=(0, 1))
         of_fisher = (self.trees[0], self.batch[0])
         first, facts = _compiled(gather, *of_fisher)
@@ -269,11 +277,15 @@ class Contender:
         return in_two, facts
 
 
-def _kinds(method: Method) -> tuple[str, ...]:
+def _kinds(method: Method, layers: tkfac.Layers) -> tuple[str, ...]:
     """The kinds of a method's steps, in the order in which their programs first run."""
     if method.interval is None:
         return (PLAIN,)
-    return (INVERSES, PLAIN, STATISTICS, *(() if method.statistics_args else (APART,)))
+    kinds = (INVERSES, PLAIN, STATISTICS)
+    if method.statistics_args:
+        return kinds
+    seldom = takes_statistics_apart(layers, max(pair[0] for pair in INTERVALS))
+    return (*kinds, APART[STATISTICS], *((APART[INVERSES],) if seldom else ()))
 
 
 def _compiled(
@@ -370,15 +382,22 @@ class Peer:
         return 1e3 * (time.perf_counter() - started)
 
 
-def average(medians: Mapping[str, float], fisher_interval: int, inverse_interval: int) -> float:
+def average(
+    medians: Mapping[str, float],
+    fisher_interval: int,
+    inverse_interval: int,
+    *,
+    apart: bool = False,
+) -> float:
     """The mean time of a step at a pair of intervals, from the times of the kinds of steps."""
 
     def kind_at(step: int) -> str:
         if len(medians) == 1:
             return PLAIN
+        kind = PLAIN if step % fisher_interval else STATISTICS
         if step % inverse_interval == 0:
-            return INVERSES
-        return PLAIN if step % fisher_interval else STATISTICS
+            kind = INVERSES
+        return APART.get(kind, kind) if apart and APART.get(kind) in medians else kind
 
     cycle = math.lcm(fisher_interval, inverse_interval)
     return sum(medians[kind_at(step)] for step in range(cycle)) / cycle

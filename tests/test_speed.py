@@ -80,18 +80,23 @@ def test_operations_of_factorisations():
 
 
 @pytest.mark.parametrize(
-    ("intervals", "expected"),
+    ("intervals", "expected", "apart"),
     [
-        ((1, 1), 100),
-        ((1, 5), (4 * 10 + 100) / 5),
-        ((10, 10), (9 * 1 + 100) / 10),
-        ((2, 4), (2 * 1 + 10 + 100) / 4),
+        ((1, 1), 100, 300),
+        ((1, 5), (4 * 10 + 100) / 5, (4 * 20 + 300) / 5),
+        ((10, 10), (9 * 1 + 100) / 10, (9 * 1 + 300) / 10),
+        ((2, 4), (2 * 1 + 10 + 100) / 4, (2 * 1 + 20 + 300) / 4),
     ],
 )
-def test_averages_follow_from_the_kinds(intervals, expected):
+def test_averages_follow_from_the_kinds(intervals, expected, apart):
     medians = {speed.PLAIN: 1.0, speed.STATISTICS: 10.0, speed.INVERSES: 100.0}
     assert speed.average(medians, *intervals) == pytest.approx(expected)
     assert speed.average({speed.PLAIN: 3.0}, *intervals) == 3
+    # Statistics apart where they were measured.
+    assert speed.average(medians, *intervals, apart=True) == pytest.approx(expected)
+    medians |= {speed.APART[speed.STATISTICS]: 20.0, speed.APART[speed.INVERSES]: 300.0}
+    assert speed.average(medians, *intervals, apart=True) == pytest.approx(apart)
+    assert speed.average(medians, *intervals) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("longest", "count"), [(1e3, 3), (1e-9, 1)])
@@ -131,13 +136,16 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
         records = {record["method"]: record for record in result["methods"]}
         assert list(records) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC", speed.QUARTER]
         kinds = records["TKFAC"]["kinds"]
-        assert set(kinds) == {*speed.KINDS, speed.APART}
+        convolutions = {*speed.APART.values()} if result is results["resnet20"] else set()
+        assert set(kinds) == {*speed.KINDS, speed.APART[speed.STATISTICS], *convolutions}
         for facts in kinds.values():
             assert len(facts["ms"]) == 2
             assert min(facts["ms"]) > 0
         operations = [kinds[kind]["gflop"] for kind in speed.KINDS]
         assert operations == sorted(operations)
-        assert kinds[speed.APART]["gflop"] > kinds[speed.STATISTICS]["gflop"]
+        for kind, apart in speed.APART.items():
+            if apart in kinds:
+                assert kinds[apart]["gflop"] > kinds[kind]["gflop"]
         of_quarter = records[speed.QUARTER]["kinds"]
         assert of_quarter[speed.STATISTICS]["gflop"] < kinds[speed.STATISTICS]["gflop"]
     shown = capsys.readouterr().out
@@ -147,7 +155,7 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("TKFAC", kind) for kind in (*speed.KINDS, speed.APART)]
+    [("TKFAC", kind) for kind in (*speed.KINDS, speed.APART[speed.STATISTICS])]
     + [(speed.QUARTER, kind) for kind in speed.KINDS],
 )
 def test_every_kind_of_step_makes_the_step_of_make_train_step(name, kind):

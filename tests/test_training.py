@@ -6,6 +6,7 @@ import pytest
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
+from tkfac_jax import training
 
 KEYS = [jax.random.key(t) for t in range(8)]
 
@@ -117,6 +118,41 @@ def test_statistics_of_a_program_of_their_own_are_the_same(estimator):
         ends.append((received, state, metrics))
     assert int(optax.tree.get(ends[1][1], "factor_updates")) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), *ends)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "interval", "wanted", "expected"),
+    [
+        (True, 10, None, True),
+        (True, 9, None, False),
+        (False, 10, None, False),
+        (True, 10, False, False),
+        (False, 1, True, True),
+    ],
+)
+def test_when_statistics_have_a_program_of_their_own(
+    convolution, interval, wanted, expected, monkeypatch
+):
+    """By default where convolutions are rarely looked at."""
+    predict, params, *args, y, layers = convnet_problem() if convolution else mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers)
+    built = []
+    in_two = training._in_two
+    monkeypatch.setattr(training, "_in_two", lambda *args: built.append(1) or in_two(*args))
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Categorical(),
+        optimizer,
+        layers=layers,
+        fisher_interval=interval,
+        inverse_interval=interval,
+        statistics_apart=wanted,
+        has_aux=convolution,
+    )
+    state = init(optimizer, params)
+    _, state, _ = step(copy(params), state, *args, targets=y, key=KEYS[0])
+    assert bool(built) == expected
+    assert int(optax.tree.get(state, "factor_updates")) == 1
 
 
 def test_statistics_of_a_program_of_their_own_under_pmap():

@@ -31,6 +31,9 @@ ACCUMULATING = (
 
 Refresh = Literal["none", "share", "all"]
 
+# Where new statistics are at least so many steps apart, another forward pass for them costs little.
+SELDOM = 10
+
 
 def make_train_step(
     predict: Callable[..., Any],
@@ -47,7 +50,7 @@ def make_train_step(
     precision: Precision = HIGHEST,
     has_aux: bool = False,
     spread_inverses: bool = False,
-    statistics_apart: bool = False,
+    statistics_apart: bool | None = None,
     statistics_args: Callable[..., tuple[Any, ...]] | None = None,
     steps_from_rows: bool = True,
     axis_name: str | None = None,
@@ -76,8 +79,9 @@ def make_train_step(
       has_aux: `predict` returns `(outputs, aux)`, as with the new state of BatchNorm.
       spread_inverses: spreads new inverses over `inverse_interval`, a few layers at a time, so that no step takes much
         longer than others; the first step refreshes all. The optimizer's own option is not used.
-      statistics_apart: new statistics come from a program of their own, which makes another forward pass: such a step
-        then takes little more memory than a plain one, and more time.
+      statistics_apart: new statistics come from a program of their own, which makes another forward pass: with
+        convolutions such a step then takes little more memory than a plain one, and more time. None: if there are
+        convolutions and `fisher_interval` is at least 10.
       statistics_args: from the arguments of `predict` to those with only the first examples of the batch, such as
         `lambda images: (images[:128],)`, over which the statistics are then taken: cheaper, noisier, and unbiased where
         examples come in random order. BatchNorm then normalises them by averages of their own.
@@ -116,6 +120,7 @@ def make_train_step(
             **options,
         )
 
+    apart = takes_statistics_apart(layers, fisher_interval, statistics_apart)
     with_fisher, without_fisher = gradients(estimator), gradients(None)
     options |= {"sharing": sharing, "rule": rule, "precision": precision}
     fisher = fisher_of(estimator, predict, likelihood, layers, num_samples, **options)
@@ -134,7 +139,7 @@ def make_train_step(
         return fisher(params, *args, **data)
 
     def program(new_statistics: bool, refresh: Refresh, adapt_damping: bool) -> Callable[..., Any]:
-        alone = statistics_apart or statistics_args is not None
+        alone = apart or statistics_args is not None
         gradients_of = with_fisher if new_statistics and not alone else without_fisher
 
         def run(
@@ -166,7 +171,7 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state, metrics
 
         step = _compiled(run, axis_name, donated=(0, 1))
-        if not (new_statistics and statistics_apart):
+        if not (new_statistics and apart):
             return step
         return _in_two(step, _compiled(only_fisher, axis_name))
 
@@ -205,6 +210,15 @@ def make_train_step(
         return params, opt_state, metrics
 
     return step
+
+
+def takes_statistics_apart(
+    layers: Layers, fisher_interval: int, wanted: bool | None = None
+) -> bool:
+    """Whether new statistics come from a program of their own: as wanted, or where it spares memory cheaply."""
+    if wanted is not None:
+        return wanted
+    return fisher_interval >= SELDOM and any(spec.kind == "conv" for spec in layers.values())
 
 
 def _compiled(
