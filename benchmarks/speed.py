@@ -9,7 +9,8 @@ inverses; what a step costs on average at intervals of the two follows from thes
 first quarter of each batch. "Apart": statistics from a program of their own, as `make_train_step` takes them where
 layers are convolutions and the interval is at least 10; averages follow it. kfac-jax decides inside its program, so
 that its averages are measured over whole cycles.
-Seconds of compilation, tracing included, are medians of three unless that takes long.
+Seconds of compilation, tracing included, are medians of three unless that takes long, in turns as well: the first
+programs of a process compile faster than later ones.
 """
 
 import os
@@ -173,8 +174,10 @@ class Contender:
         self.batch = jax.tree.map(jnp.asarray, (problem.inputs, problem.targets))
         self.programs: dict[str, Callable[..., Any]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
+        self.compilers: dict[str, Callable[[], float]] = {}
         for kind in _kinds(method, self.layers):
-            self.programs[kind], self.facts[kind] = self._program(kind, method)
+            made = self._program(kind, method)
+            self.programs[kind], self.facts[kind], self.compilers[kind] = made
             # The first run of a program is slower. Of statistics of zeros there would be no inverses.
             self.run(kind)
 
@@ -190,6 +193,12 @@ class Contender:
         for kind, facts in self.facts.items():
             facts["ms"].append(self.run(kind))
 
+    def compile_again(self) -> None:
+        """Compiles the programs once more, but for those that take long, and writes the seconds down."""
+        for kind, facts in self.facts.items():
+            if sum(facts["compilations"]) < COMPILING_S:
+                facts["compilations"].append(self.compilers[kind]())
+
     def measure_process(self) -> None:
         """By how much the process grows during a step of each kind, where the system tells."""
         for kind, facts in self.facts.items():
@@ -197,11 +206,14 @@ class Contender:
 
     def record(self) -> dict[str, Any]:
         """What was measured, and what follows for a step on average."""
-        kinds = {
-            kind: self.facts[kind] | {"median_ms": float(np.median(self.facts[kind]["ms"]))}
-            for kind in (*KINDS, *APART.values())
-            if kind in self.facts
-        }
+        kinds = {}
+        for kind in (*KINDS, *APART.values()):
+            if kind in self.facts:
+                facts = self.facts[kind]
+                kinds[kind] = facts | {
+                    "compile_seconds": float(np.median(facts["compilations"])),
+                    "median_ms": float(np.median(facts["ms"])),
+                }
         medians = {kind: facts["median_ms"] for kind, facts in kinds.items()}
         averages = {
             _pair(*pair): average(
@@ -211,8 +223,10 @@ class Contender:
         }
         return {"method": self.name, "kinds": kinds, "average_ms": averages}
 
-    def _program(self, kind: str, method: Method) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """A compiled step of a kind, and what is known of it before it runs."""
+    def _program(
+        self, kind: str, method: Method
+    ) -> tuple[Callable[..., Any], dict[str, Any], Callable[[], float]]:
+        """A compiled step of a kind, what is known of it before it runs, and what compiles it again, in seconds."""
         problem, optimizer, key = self.problem, self.optimizer, jax.random.key(1)
         model = (problem.predict, problem.likelihood, self.layers)
         # As make_train_step has it.
@@ -263,18 +277,19 @@ class Contender:
         if not apart:
             return _compiled(step, *self.trees, *self.batch, donated=(0, 1))
         of_fisher = (self.trees[0], self.batch[0])
-        first, facts = _compiled(gather, *of_fisher)
-        second, more = _compiled(
+        first, facts, compile_first = _compiled(gather, *of_fisher)
+        second, more, compile_second = _compiled(
             step, *self.trees, *self.batch, jax.eval_shape(gather, *of_fisher), donated=(0, 1)
         )
-        for name, number in more.items():
-            peak = name in ("temporary_mb", "peak_mb")
-            facts[name] = max(facts[name], number) if peak else facts[name] + number
+        for name in ("temporary_mb", "peak_mb"):
+            facts[name] = max(facts[name], more[name])
+        facts["gflop"] += more["gflop"]
+        facts["compilations"] = [sum(facts["compilations"] + more["compilations"])]
 
         def in_two(params: Any, opt_state: Any, inputs: Any, targets: Any) -> Any:
             return second(params, opt_state, inputs, targets, first(params, inputs))
 
-        return in_two, facts
+        return in_two, facts, lambda: compile_first() + compile_second()
 
 
 def _kinds(method: Method, layers: tkfac.Layers) -> tuple[str, ...]:
@@ -290,29 +305,27 @@ def _kinds(method: Method, layers: tkfac.Layers) -> tuple[str, ...]:
 
 def _compiled(
     function: Callable[..., Any], *args: Any, donated: tuple[int, ...] = ()
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """A compiled program, and what is known of it before it runs."""
-    seconds: list[float] = []
+) -> tuple[Callable[..., Any], dict[str, Any], Callable[[], float]]:
+    """A compiled program, what is known of it before it runs, and what compiles it again, in seconds."""
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), args)
 
-    def compiled() -> Any:
+    def compiled() -> tuple[Any, float]:
         jax.clear_caches()
         started = time.perf_counter()
-        program = jax.jit(function, donate_argnums=donated).lower(*args).compile()
-        seconds.append(time.perf_counter() - started)
-        return program
+        program = jax.jit(function, donate_argnums=donated).lower(*shapes).compile()
+        return program, time.perf_counter() - started
 
-    program = compiled()
-    while len(seconds) < COMPILATIONS and sum(seconds) < COMPILING_S:
-        program = compiled()
+    program, seconds = compiled()
     memory: Any = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return program, {
-        "compile_seconds": float(np.median(seconds)),
+    facts = {
+        "compilations": [seconds],
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
         "peak_mb": (held + memory.temp_size_in_bytes) / 1e6,
-        "gflop": count_operations(function, *args) / 1e9,
+        "gflop": count_operations(function, *shapes) / 1e9,
         "ms": [],
     }
+    return program, facts, lambda: compiled()[1]
 
 
 class Peer:
@@ -444,11 +457,17 @@ def measure(
     peer_intervals: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """Some methods on a problem, in turns."""
-    contenders: list[Contender | Peer] = []
-    with tqdm(total=len(chosen) + bool(peer_intervals) + repeats + 1, desc=title) as bar:
+    own: list[Contender] = []
+    rounds = len(chosen) + COMPILATIONS - 1 + bool(peer_intervals) + repeats + 1
+    with tqdm(total=rounds, desc=title) as bar:
         for method in chosen:
-            contenders.append(Contender(problem, method))
+            own.append(Contender(problem, method))
             bar.update()
+        for _ in range(COMPILATIONS - 1):
+            for contender in own:
+                contender.compile_again()
+            bar.update()
+        contenders: list[Contender | Peer] = [*own]
         if peer_intervals:
             contenders.append(Peer(problem, peer_intervals))
             bar.update()
