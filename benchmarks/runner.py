@@ -363,4 +363,5 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS"),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
     }

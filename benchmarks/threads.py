@@ -1,13 +1,14 @@
-"""Measures what threads of LAPACK cost a step with new inverses on the CPU, with and without the library's limit.
+"""Measures what threads of LAPACK, and small pages, cost a step with new inverses on the CPU.
 
     python -m benchmarks.threads [--turns 5] [--steps 3] [--out-dir benchmarks/results]
 
 The network has the widths of the autoencoder (factors of 784, 785, 1000, 1001, 500, 501, 250, 251, 30 and 31 rows),
 the images are noise: nothing is downloaded. Every step takes new statistics and new inverses. Each setting runs
-in a process of its own, which is started without any variable `*_NUM_THREADS` but those of the setting. The
+in a process of its own, with no other variables `*_NUM_THREADS` and `GLIBC_TUNABLES` than those of the setting. The
 processes take turns of a few steps: on the machine as it is, while another process keeps one core busy, and while
 others keep all cores busy. The default of OpenBLAS, a thread for each core, is set by its variable, because that
-switches the library's limit off.
+switches the library's limit off. "Large pages": with the library's limit, and memory that the allocator of Linux's C
+library asks for in large pages, if the system grants them, so that a step does not wait for thousands of small ones.
 """
 
 import argparse
@@ -40,6 +41,7 @@ SETTINGS = {
     "limit of the library": {},
     "default of OpenBLAS": {"OPENBLAS_NUM_THREADS": str(os.cpu_count())},
     "OPENBLAS_NUM_THREADS=1": {"OPENBLAS_NUM_THREADS": "1"},
+    "large pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
 }
 # Other processes that do nothing but count.
 LOADS = {"no load": 0, "one core busy": 1, "all cores busy": os.cpu_count() or 1}
@@ -113,7 +115,11 @@ class Worker:
 
     def __init__(self, variables: dict[str, str], options: argparse.Namespace):
         """Starts it; `ready` waits until it has compiled."""
-        kept = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.endswith("_NUM_THREADS") and name != "GLIBC_TUNABLES"
+        }
         command = [sys.executable, "-m", "benchmarks.threads", "--worker"]
         command += ["--batch-size", str(options.batch_size), "--widths", *map(str, options.widths)]
         self.process = subprocess.Popen(
