@@ -3,12 +3,12 @@
     python -m benchmarks.speed [--networks autoencoder resnet20 ...] [--repeats 7] [--out-dir benchmarks/results]
 
 In the environment that `make peers` makes, kfac-jax is measured as well, on the networks that `--peers` names. Inputs
-are noise: nothing is downloaded, and no time depends on them. All methods take turns, a step of each kind in each
-turn; the times are medians over the turns. A step is either plain, or takes new statistics, or new statistics and new
-inverses; what a step costs on average at intervals of the two follows from these. "Quarter": statistics over the
-first quarter of each batch. "Apart": statistics from a program of their own, as `make_train_step` takes them where
-layers are convolutions and the interval is at least 10; averages follow it. kfac-jax decides inside its program, so
-that its averages are measured over whole cycles.
+are noise: nothing is downloaded, and no time depends on them. All methods take turns, two steps of each kind in each
+turn, of which the second is timed; the times are medians over the turns. A step is either plain, or takes new
+statistics, or new statistics and new inverses; what a step costs on average at intervals of the two follows from
+these. "Quarter": statistics over the first quarter of each batch. "Apart": statistics from a program of their own, as
+`make_train_step` takes them where layers are convolutions and the interval is at least 10; averages follow it.
+kfac-jax decides inside its program, so that its averages are measured over whole cycles, likewise the second of two.
 Seconds of compilation, tracing included, are medians of three unless that takes long, in turns as well: the first
 programs of a process compile faster than later ones.
 """
@@ -189,8 +189,9 @@ class Contender:
         return 1e3 * (time.perf_counter() - started)
 
     def measure(self) -> None:
-        """Makes a step of each kind, and writes its time down."""
+        """Makes two steps of each kind, and writes down the time of the second: most steps follow one of their kind."""
         for kind, facts in self.facts.items():
+            self.run(kind)
             facts["ms"].append(self.run(kind))
 
     def compile_again(self) -> None:
@@ -352,12 +353,13 @@ class Peer:
             self._run(pair)
 
     def measure(self) -> None:
-        """Makes all steps of a cycle at each pair of intervals, beginning with the one after new inverses.
+        """Makes all steps of two cycles at each pair of intervals, beginning with the one after new inverses.
 
-        Where a step is slow, only the first time.
+        Those of the second are timed. Where a step is slow, only the first time.
         """
         for pair in self._due():
-            self.ms[pair].append([self._run(pair) for _ in range(math.lcm(*pair))])
+            steps = 2 * math.lcm(*pair)
+            self.ms[pair].append([self._run(pair) for _ in range(steps)][steps // 2 :])
 
     def measure_process(self) -> None:
         """By how much the process grows during a cycle."""
