@@ -17,43 +17,26 @@ import os
 # LAPACK's threads would compete with XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import optax
-
 import tkfac_jax as tkfac
-from benchmarks.cifar import INTERVAL, MOMENTUM
 from benchmarks.runner import Method
-from benchmarks.trace_damping import RATE, compare
+from benchmarks.trace_damping import compare, variant
 
 DAMPINGS = (1e-3, 3e-4, 1e-4)
 
 
 def variants() -> list[Method]:
     """Both rules with both dampings."""
-
-    def method(name: str, rule: Any, damping: Callable[[float], Any], value: float) -> Method:
-        def build(layers: tkfac.Layers) -> Any:
-            return tkfac.tkfac(
-                RATE,
-                layers,
-                momentum=MOMENTUM,
-                damping=damping(value),
-                fallback=optax.adam(RATE, b1=MOMENTUM),
-            )
-
-        return Method(name, f"damping {value:g}", build, INTERVAL, rule)
-
-    trace_restricted = functools.partial(method, rule=tkfac.trace_restricted)
-    independent = functools.partial(method, rule=tkfac.independent)
+    tkfac_rule, kfac_rule = tkfac.trace_restricted, tkfac.independent
     normal, factored = tkfac.normal_damping, tkfac.factored_damping
     return [
-        *(trace_restricted("TKFAC, normal", damping=normal, value=value) for value in DAMPINGS),
-        *(trace_restricted("TKFAC, factored", damping=factored, value=value) for value in DAMPINGS),
-        *(independent("KFAC, factored", damping=factored, value=value) for value in DAMPINGS),
-        *(independent("KFAC, normal", damping=normal, value=value) for value in DAMPINGS[:1]),
+        variant(name, f"damping {value:g}", damping(value), rule=rule)
+        for name, rule, damping, values in (
+            ("TKFAC, normal", tkfac_rule, normal, DAMPINGS),
+            ("TKFAC, factored", tkfac_rule, factored, DAMPINGS),
+            ("KFAC, factored", kfac_rule, factored, DAMPINGS),
+            ("KFAC, normal", kfac_rule, normal, DAMPINGS[:1]),
+        )
+        for value in values
     ]
 
 

@@ -91,21 +91,29 @@ def locations_of(layers: tkfac.Layers) -> dict[str, int]:
     }
 
 
+def variant(
+    name: str, settings: str, damping: Any, rate: float = RATE, rule: Any = tkfac.trace_restricted
+) -> Method:
+    """TKFAC, or another rule, as in `benchmarks.cifar` but for a damping, or a function from the layers to one."""
+
+    def build(layers: tkfac.Layers) -> Any:
+        own: Any = damping(layers) if callable(damping) else damping
+        return tkfac.tkfac(
+            rate,
+            layers,
+            momentum=MOMENTUM,
+            damping=own,
+            fallback=optax.adam(RATE, b1=MOMENTUM),
+        )
+
+    return Method(name, settings, build, INTERVAL, rule)
+
+
 def variants() -> list[Method]:
     """Normal damping, trace damping as the paper has it, and with one thing changed."""
 
     def method(name: str, rate: float, damping: Any) -> Method:
-        def build(layers: tkfac.Layers) -> Any:
-            own: Any = damping(layers) if callable(damping) else damping
-            return tkfac.tkfac(
-                rate,
-                layers,
-                momentum=MOMENTUM,
-                damping=own,
-                fallback=optax.adam(RATE, b1=MOMENTUM),
-            )
-
-        return Method(name, f"lr {rate:g}", build, INTERVAL)
+        return variant(name, f"lr {rate:g}", damping, rate)
 
     paper = tkfac.trace_damping(FLOOR, DAMPING)
     return [

@@ -241,7 +241,8 @@ def test_the_optimizer_divides_its_inversions(how, axes):
     assert_same(received, jax.device_get(expected))
 
 
-def test_make_train_step_over_a_mesh():
+@pytest.mark.parametrize("apart", [None, True], ids=["one program", "apart"])
+def test_make_train_step_over_a_mesh(apart):
     predict, params, x, y, layers = training.problem()[:5]
     results = []
     for devices in (1, DEVICES):
@@ -254,6 +255,7 @@ def test_make_train_step_over_a_mesh():
             layers=layers,
             fisher_interval=2,
             inverse_interval=3,
+            statistics_apart=apart,
         )
         p, state = jax.device_put(
             (params, optimizer.init(params)), NamedSharding(mesh, PartitionSpec())

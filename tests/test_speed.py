@@ -117,6 +117,25 @@ def test_compilation_is_timed_in_turns_unless_it_takes_long(longest, count, monk
         assert facts["compile_seconds"] == np.median(facts["compilations"]) > 0
 
 
+def test_the_second_of_two_steps_is_timed():
+    contender = object.__new__(speed.Contender)
+    contender.facts = {speed.PLAIN: {"ms": []}, speed.INVERSES: {"ms": []}}
+    made = []
+    contender.run = lambda kind: made.append(kind) or float(len(made))
+    contender.measure()
+    assert made == [speed.PLAIN] * 2 + [speed.INVERSES] * 2
+    assert contender.facts == {speed.PLAIN: {"ms": [2]}, speed.INVERSES: {"ms": [4]}}
+
+
+def test_the_second_of_two_cycles_is_timed():
+    peer = object.__new__(speed.Peer)
+    peer.intervals, peer.ms = [(1, 3)], {(1, 3): []}
+    made = []
+    peer._run = lambda pair: made.append(pair) or float(len(made))
+    peer.measure()
+    assert peer.ms == {(1, 3): [[4, 5, 6]]}
+
+
 def test_memory_that_an_action_takes():
     # Straight from the system: an array might lie where freed memory is still held.
     pages = mmap.mmap(-1, 40_000_000)

@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import json
 import os
@@ -154,6 +155,21 @@ def test_the_threads_command(tmp_path, monkeypatch, capsys):
         numbers = {load: len(steps) for load, steps in run["step_ms"].items()}
         assert numbers == dict.fromkeys(benchmark.LOADS, 4)
     assert capsys.readouterr().out.startswith("| setting")
+
+
+def test_a_setting_has_its_own_variables_only(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    started = []
+    monkeypatch.setattr(
+        benchmark.subprocess, "Popen", lambda *args, env, **kwargs: started.append(env)
+    )
+    options = argparse.Namespace(batch_size=8, widths=[6])
+    for variables in benchmark.SETTINGS.values():
+        benchmark.Worker(variables, options)
+    for variables, env in zip(benchmark.SETTINGS.values(), started, strict=True):
+        names = {n for n in env if n.endswith("_NUM_THREADS") or n == "GLIBC_TUNABLES"}
+        assert {name: env[name] for name in names} == variables
 
 
 def test_the_benchmark_has_the_factors_of_the_autoencoder():

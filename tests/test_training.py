@@ -155,6 +155,33 @@ def test_when_statistics_have_a_program_of_their_own(
     assert int(optax.tree.get(state, "factor_updates")) == 1
 
 
+def test_convolutions_and_batch_norm_with_statistics_of_a_program_of_their_own():
+    """The statistics see the averages of BatchNorm from before the step; new ones come from the gradient's pass."""
+    predict, params, batch_stats, x, y, layers = convnet_problem(dtype=jnp.float64)
+    optimizer = tkfac.tkfac(0.05, layers)
+    ends = []
+    for apart in (False, None):
+        step = tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=training.SELDOM,
+            inverse_interval=training.SELDOM,
+            statistics_apart=apart,
+            has_aux=True,
+        )
+        received, state, statistics = copy(params), init(optimizer, params), batch_stats
+        for t in range(training.SELDOM + 1):
+            received, state, metrics = step(
+                received, state, statistics, x, targets=y, key=KEYS[t % len(KEYS)]
+            )
+            statistics = metrics["aux"]
+        ends.append((received, state, statistics))
+    assert int(optax.tree.get(ends[1][1], "factor_updates")) == 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
+
+
 def test_statistics_of_a_program_of_their_own_under_pmap():
     predict, params, x, y, layers = mlp_problem()
     optimizer = tkfac.tkfac(0.05, layers)

@@ -74,8 +74,8 @@ def keeps_bias_apart(spec: LayerSpec) -> bool:
 def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:
     """Inverts symmetric positive definite matrices by their Cholesky factors, found by halves.
 
-    As exact as LAPACK's factor and solve with the identity; most of the work, `7/4 n^3` instead of `10/3 n^3`
-    operations, is in matrix products.
+    Errors are of the size of those of LAPACK's factor and solve with the identity; most of the work, `7/4 n^3` instead
+    of `10/3 n^3` operations, is in matrix products.
 
     Args:
       matrices: the matrices; only the lower triangles are read.
@@ -142,6 +142,7 @@ class _Halves(NamedTuple):
 
     @classmethod
     def of(cls, matrices: Float[Array, "*batch n n"], levels: int) -> "_Halves":
+        """Inverts A, and then S."""
         half = matrices.shape[-1] // 2
         upper, upper_factor = _inverse_and_factor(matrices[..., :half, :half], levels - 1)
         # The sign is changed here, where a slice is copied anyway.
