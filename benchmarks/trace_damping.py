@@ -9,6 +9,9 @@ dense layers without the factor beta of Eq. (5.17), and two other readings of Eq
   added to, where the paper has `d / d_in` and `d / d_out`;
 * per location: the trace of a convolution is the mean over its locations, not the sum of Eq. (4.13).
 
+A damping decides two things, how far each layer goes and in which direction. To tell which one matters, two more
+variants take the directions of one damping and, for each layer, the lengths of the other.
+
 Normal damping is the mark. The learning rate is constant; everything else is as in `benchmarks.cifar`. The table says
 how large the traces are at the end. The official binary files are read from DIR, or downloaded
 there. Runs that are stopped go on where they were when the command is given again.
@@ -24,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -81,6 +85,45 @@ class Reading(NamedTuple):
         return damped
 
 
+class Swapped(NamedTuple):
+    """The directions of one damping's steps, each layer's as long as another damping would make it.
+
+    Lengths are those expected of a gradient whose covariance is the layer's own Fisher block, `F`: of a step
+    `D^-1 g` it is the root of `tr(D^-1 F D^-1)`.
+
+    Attributes:
+      directions: a damping.
+      lengths: another one.
+    """
+
+    directions: Any
+    lengths: Any
+
+    def damp(self, factors: Any, layers: Any, step: Any) -> dict[str, tkfac.KroneckerFactors]:
+        """The damped factors."""
+        found = self.directions.damp(factors, layers, step)
+        others = self.lengths.damp(factors, layers, step)
+        damped = {}
+        for name, layer in factors.items():
+            own, wanted = (squared_length(layer, each[name]) for each in (found, others))
+            # Without a gradient, as before the first statistics, any length is as good.
+            known = (own > 0) & (wanted > 0)
+            # Both factors grow by the fourth root of this: steps become shorter by the square of that.
+            ratio = jnp.where(known, own, 1) / jnp.where(known, wanted, 1)
+            phi, psi = (factor * ratio**0.25 for factor in found[name][:2])
+            damped[name] = tkfac.KroneckerFactors(phi, psi, layer.delta)
+        return damped
+
+
+def squared_length(factors: tkfac.KroneckerFactors, damped: tkfac.KroneckerFactors) -> jax.Array:
+    """`tr(D^-1 F D^-1)`, where `F` is `delta Phi (x) Psi` and `D` the product of the damped factors."""
+    length = factors.delta
+    for factor, shifted in zip(factors[:2], damped[:2], strict=True):
+        inverse = jnp.linalg.inv(shifted)
+        length = length * jnp.sum(inverse * (factor @ inverse))
+    return length
+
+
 def locations_of(layers: tkfac.Layers) -> dict[str, int]:
     """The number of output locations of each convolution of a ResNet on images of 32 x 32 pixels."""
     widths = sorted({spec.d_out for spec in layers.values() if spec.kind == "conv"})
@@ -110,14 +153,14 @@ def variant(
 
 
 def variants() -> list[Method]:
-    """Normal damping, trace damping as the paper has it, and with one thing changed."""
+    """Normal damping, trace damping as the paper has it, with one thing changed, and mixtures of both."""
 
     def method(name: str, rate: float, damping: Any) -> Method:
         return variant(name, f"lr {rate:g}", damping, rate)
 
-    paper = tkfac.trace_damping(FLOOR, DAMPING)
+    paper, normal = tkfac.trace_damping(FLOOR, DAMPING), tkfac.normal_damping(DAMPING)
     return [
-        method("normal damping", RATE, tkfac.normal_damping(DAMPING)),
+        method("normal damping", RATE, normal),
         method("Eq. (5.16), nu 0.01", RATE, paper),
         *(method("Eq. (5.16), nu 0.01", rate, paper) for rate in (3e-3, 1e-2, 3e-2, 1e-1)),
         *(
@@ -125,12 +168,14 @@ def variants() -> list[Method]:
             for floor in (1e-4, 10.0)
         ),
         method("without beta, nu 10", RATE, Reading(expand=False, floor=10.0)),
-        method("root, nu 0.01", RATE, Reading(root=True)),
+        *(method("root, nu 0.01", rate, Reading(root=True)) for rate in (RATE, 3e-3)),
         method(
             "per location, nu 0.01",
             RATE,
             lambda layers: Reading(locations=locations_of(layers)),
         ),
+        method("(5.16), normal's lengths", RATE, Swapped(paper, normal)),
+        method("normal, (5.16)'s lengths", RATE, Swapped(normal, paper)),
     ]
 
 
