@@ -14,6 +14,19 @@ def test_one_device_inverts_each_size_in_one_stack():
     assert deal({5: 2, 3: 7}, 1) == [[Piece(5, 0, 2)], [Piece(3, 0, 7)]]
 
 
+def test_nearly_equal_sizes_are_one_stack():
+    assert deal({30: 1, 31: 2, 1000: 3, 1001: 1, 994: 1, 993: 1}, 1) == [
+        [Piece(1001, 0, 1), Piece(1000, 0, 3), Piece(994, 0, 1)],
+        [Piece(993, 0, 1)],
+        [Piece(31, 0, 2), Piece(30, 0, 1)],
+    ]
+    # What fills up a round is counted with them.
+    assert deal({31: 2, 30: 1, 9: 2}, 4) == [
+        [Piece(31, 0, 2), Piece(30, 0, 1), Piece(9, 0, 1)],
+        [Piece(9, 1, 2)],
+    ]
+
+
 def test_matrices_are_dealt_out_in_rounds_the_largest_first():
     # Two rounds of size 9, the second filled with a 7; one of 7, filled with both of size 2.
     assert deal({2: 2, 9: 7, 7: 3}, 4) == [

@@ -94,8 +94,8 @@ def test_all_layers_are_inverted_with_and_without_bias(largest_joined, monkeypat
         assert (inverse.bias is None) == (largest_joined > 0 or not layers[name].has_bias)
 
 
-def test_equal_sizes_share_a_program():
-    """One of the stack, and one of a single matrix of it for a CPU."""
+def test_nearly_equal_sizes_share_a_program():
+    """One of the stack, and one that takes its matrices one or two at a time for a CPU."""
     layers, factors, old = layers_of([(5, 3), (3, 5), (2, 3)], [True, False, True])
     shapes = []
 
@@ -104,7 +104,27 @@ def test_equal_sizes_share_a_program():
         return tkfac.cholesky_inverse(stack)
 
     jax.eval_shape(lambda f: invert_factors(f, old, layers, watched), factors)
-    assert sorted(shapes) == [(1, 2, 2), (1, 3, 3), (1, 5, 5), (2, 5, 5), (3, 3, 3)]
+    expected = [(2, 5, 5), (1, 5, 5), (1, 5, 5), (4, 3, 3), (1, 3, 3), (1, 3, 3)]
+    assert sorted(shapes) == sorted(expected)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_each_matrix_of_a_stack_is_retried_by_itself(number):
+    """Healthy ones get no damping, whether or not they are inverted together with one that does."""
+    layers, factors, old = layers_of([(4, 4), (4, 4 if number == 4 else 9)], [False, False])
+    rank_one = jnp.ones((4, 4)) - 1e-9 * jnp.eye(4)
+    factors["layer_0"] = factors["layer_0"]._replace(phi=jnp.nan * rank_one)
+    factors["layer_1"] = factors["layer_1"]._replace(phi=rank_one)
+    received, failures = jax.jit(lambda f, o: invert_factors(f, o, layers, tkfac.cholesky_inverse))(
+        factors, old
+    )
+    assert {name: int(n) for name, n in failures.items()} == {"layer_0": 1, "layer_1": 0}
+    np.testing.assert_array_equal(received["layer_0"].phi, 7 * np.eye(4))
+    damped = np.linalg.inv(rank_one + 1e-4 * np.mean(np.diag(rank_one)) * np.eye(4))
+    np.testing.assert_allclose(received["layer_1"].phi, damped, rtol=1e-6)
+    for name in layers:
+        healthy = np.linalg.inv(factors[name].psi)
+        np.testing.assert_allclose(received[name].psi, healthy, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -2,11 +2,13 @@
 
 Matrices are sorted by size and dealt out in rounds, one to each device, the largest first. A round is one
 stack, in which matrices are filled up to the size of its first; rounds of one size are one stack. As
-neighbours in the order are of similar size little is added, and every device does the same. On one device
-nothing is filled up, and each size is one stack.
+neighbours in the order are of similar size little is added, and every device does the same. Sizes that are
+nearly equal, as of a layer's inputs with a bias and another's outputs, are one stack on a single device, too: a
+program is compiled for each stack.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +20,9 @@ from jaxtyping import Array, Bool, Float
 from tkfac_jax.meshes import is_checked
 
 StackFunction = Callable[[Array], Any]
+
+# Sizes are nearly equal that differ by one, or by one in so many.
+NEARLY = 128
 
 
 class Piece(NamedTuple):
@@ -154,6 +159,11 @@ def deal(counts: Mapping[int, int], devices: int) -> list[list[Piece]]:
     free = 0
     for size in sorted(counts, reverse=True):
         count = counts[size]
+        largest = stacks[-1][0].size if stacks else math.inf
+        if largest - size <= max(1, size // NEARLY):
+            stacks[-1].append(Piece(size, 0, count))
+            free = (free - count) % devices
+            continue
         taken = min(free, count)
         if taken:
             stacks[-1].append(Piece(size, 0, taken))

@@ -253,44 +253,55 @@ def _invert_with_retries(
 ) -> tuple[Float[Array, "batch n n"], Bool[Array, " batch"]]:
     """Inverts a stack, the failures again with more damping; also says which ones succeeded."""
     if len(matrices) == 1:
-        return _attempts(matrices, inverse)
+        return _in_turns(matrices, inverse, 1)
 
-    def one(matrix: Array) -> tuple[Array, Array]:
-        return jax.tree.map(lambda array: array[0], _attempts(matrix[None], inverse))
+    def singly(matrices: Array) -> Array:
+        return jnp.concatenate([inverse(matrix[None]) for matrix in matrices])
 
-    # One after the other on a CPU, where what a single one takes fits into the caches.
+    # What one or two take fits into a CPU's caches; and while one core is busy with a small block of one matrix,
+    # another goes on with the other.
     return jax.lax.platform_dependent(
         matrices,
-        cpu=lambda matrices: jax.lax.map(one, matrices),
-        default=lambda matrices: _attempts(matrices, inverse),
+        cpu=lambda matrices: _in_turns(matrices, singly, 1 if len(matrices) % 2 else 2),
+        default=lambda matrices: _in_turns(matrices, inverse, len(matrices)),
     )
 
 
-def _attempts(
-    matrices: Float[Array, "batch n n"], inverse: Inverse
+def _in_turns(
+    matrices: Float[Array, "batch n n"], inverse: Inverse, number: int
 ) -> tuple[Float[Array, "batch n n"], Bool[Array, " batch"]]:
-    """Inverts all of a stack until none fails, or there is no more damping to try."""
-    # Divided before it is summed: the sum may overflow, and no share of infinity is a number.
-    mean_diagonal = (jnp.diagonal(matrices, axis1=-2, axis2=-1) / matrices.shape[-1]).sum(-1)
+    """Inverts so many matrices at a time, again until none of them fails or there is no more damping to try."""
     shares = jnp.asarray(DAMPING_SHARES, matrices.dtype)
 
-    # Each attempt inverts all of the stack: then the inverse is compiled once, and no results are merged.
-    def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        tried, _, good = carry
-        tried = jnp.where(good, tried, tried + 1)
+    # An inverse takes the place of its matrix. Each attempt inverts all of its turn: then the inverse is compiled once,
+    # and no results are merged.
+    def attempt(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        first, tried, results, good = carry
+        own = jax.lax.dynamic_slice_in_dim(results, first, number)
+        # Divided before it is summed: the sum may overflow, and no share of infinity is a number.
+        mean_diagonal = (jnp.diagonal(own, axis1=-2, axis2=-1) / own.shape[-1]).sum(-1)
         extra = shares[tried] * mean_diagonal
         # Compared here: an identity matrix from outside would be written to memory, and read.
-        row, column = (jax.lax.broadcasted_iota(jnp.int32, matrices.shape, axis) for axis in (1, 2))
-        results = inverse(jnp.where(row == column, matrices + extra[:, None, None], matrices))
-        return tried, results, _is_good(results)
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, own.shape, axis) for axis in (1, 2))
+        found = inverse(jnp.where(row == column, own + extra[:, None, None], own))
+        succeeded = _is_good(found)
+        over = succeeded | (tried == len(DAMPING_SHARES) - 1)
+        done = over.all()
+        return (
+            first + jnp.where(done, number, 0),
+            jnp.where(done, 0, jnp.where(over, tried, tried + 1)),
+            jax.lax.dynamic_update_slice_in_dim(results, jnp.where(done, found, own), first, 0),
+            jax.lax.dynamic_update_slice_in_dim(good, succeeded, first, 0),
+        )
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        tried, _, good = carry
-        return (~good & (tried < len(DAMPING_SHARES) - 1)).any()
-
-    none = jnp.zeros(len(matrices), jnp.int32)
-    start = vary((none - 1, jnp.zeros_like(matrices), none > 0), varying_axes(matrices))
-    _, results, good = jax.lax.while_loop(unfinished, attempt, start)
+    start = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(number, jnp.int32),
+        matrices,
+        jnp.zeros(len(matrices), bool),
+    )
+    start = vary(start, varying_axes(matrices))
+    _, _, results, good = jax.lax.while_loop(lambda carry: carry[0] < len(matrices), attempt, start)
     return results, good
 
 
