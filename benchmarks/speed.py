@@ -42,9 +42,7 @@ from benchmarks.operations import count_operations
 from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
-from tkfac_jax.capture import Options
-from tkfac_jax.gradients import gradients_with_fisher
-from tkfac_jax.training import takes_statistics_apart
+from tkfac_jax.steps import Kind, StepFunctions, StepOptions, takes_statistics_apart
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).
@@ -228,69 +226,76 @@ class Contender:
         self, kind: str, method: Method
     ) -> tuple[Callable[..., Any], dict[str, Any], Callable[[], float]]:
         """A compiled step of a kind, what is known of it before it runs, and what compiles it again, in seconds."""
-        problem, optimizer, key = self.problem, self.optimizer, jax.random.key(1)
-        model = (problem.predict, problem.likelihood, self.layers)
-        # As make_train_step has it.
+        problem = self.problem
+        if method.interval is None:
+            return _compiled(self._first_order_step, *self.trees, *self.batch, donated=(0, 1))
         apart = kind in APART.values()
-        alone = apart or method.statistics_args is not None
-        refresh = kind in (INVERSES, APART[INVERSES])
-        gradients_of = gradients_with_fisher(
-            *model,
-            None if kind == PLAIN or alone else "sampled",
-            num_samples=1,
-            options=Options(method.rule),
-            has_aux=True,
-            axis_name=None,
+        functions = StepFunctions.build(
+            problem.predict,
+            problem.likelihood,
+            self.optimizer,
+            self.layers,
+            StepOptions(
+                inverse_interval=1,
+                apart=apart,
+                has_aux=True,
+                statistics_args=method.statistics_args,
+            ),
+            rule=method.rule,
         )
-        fisher = tkfac.sampled_fisher(*model, rule=method.rule, has_aux=True)
+        refresh = "all" if kind in (INVERSES, APART[INVERSES]) else "none"
+        # As make_train_step has it on this device.
+        on_cpu = jax.default_backend() == "cpu"
+        made = functions.of(Kind(kind != PLAIN, refresh), in_halves=on_cpu)
+        key = jax.random.key(1)
 
-        def gather(params: Any, inputs: Any) -> Any:
-            args = problem.model_state, inputs
-            if method.statistics_args is not None:
-                args = method.statistics_args(*args)
-            return fisher(params, *args, key=key)
+        def with_data(function: Callable[..., Any]) -> Callable[..., Any]:
+            """The function of the batch; its first two results are what a step changes."""
 
-        def step(
-            params: Any, opt_state: Any, inputs: Any, targets: Any, statistics: Any = None
-        ) -> Any:
-            second_order = method.interval is not None
-            old = second_order and not refresh
-            found = gradients_of(
-                params,
-                problem.model_state,
-                inputs,
-                targets=targets,
-                key=key,
-                inverses=optax.tree.get(opt_state, "inverses") if old else None,
-            )
-            options: dict[str, Any] = {}
-            if second_order:
-                if method.statistics_args is not None and kind != PLAIN:
-                    statistics = gather(params, inputs)
-                options = {
-                    "statistics": found.statistics if statistics is None else statistics,
-                    "refresh_inverses": refresh,
-                    "row_steps": found.row_steps,
+            def called(params: Any, opt_state: Any, inputs: Any, targets: Any, *given: Any) -> Any:
+                data = {
+                    "targets": targets,
+                    "key": key,
+                    "position_mask": None,
+                    "example_weights": None,
                 }
-            updates, opt_state = optimizer.update(found.gradient, opt_state, params, **options)
-            return optax.apply_updates(params, updates), opt_state
+                args = (problem.model_state, inputs)
+                return function(params, opt_state, args, data, *given)
 
-        if not apart:
-            return _compiled(step, *self.trees, *self.batch, donated=(0, 1))
-        of_fisher = (self.trees[0], self.batch[0])
-        first, facts, compile_first = _compiled(gather, *of_fisher)
+            return called
+
+        step = with_data(made.step)
+        arguments = (*self.trees, *self.batch)
+        if made.first is None:
+            return _compiled(lambda *args: step(*args)[:2], *arguments, donated=(0, 1))
+        gather = with_data(made.first)
+        first, facts, compile_first = _compiled(gather, *arguments)
         second, more, compile_second = _compiled(
-            step, *self.trees, *self.batch, jax.eval_shape(gather, *of_fisher), donated=(0, 1)
+            lambda *args: step(*args)[:2],
+            *arguments,
+            jax.eval_shape(gather, *arguments),
+            donated=(0, 1),
         )
         for name in ("temporary_mb", "peak_mb"):
             facts[name] = max(facts[name], more[name])
         facts["gflop"] += more["gflop"]
         facts["compilations"] = [sum(facts["compilations"] + more["compilations"])]
 
-        def in_two(params: Any, opt_state: Any, inputs: Any, targets: Any) -> Any:
-            return second(params, opt_state, inputs, targets, first(params, inputs))
+        def in_two(*args: Any) -> Any:
+            return second(*args, first(*args))
 
         return in_two, facts, lambda: compile_first() + compile_second()
+
+    def _first_order_step(self, params: Any, opt_state: Any, inputs: Any, targets: Any) -> Any:
+        problem = self.problem
+
+        def loss_fn(params: Any) -> Any:
+            outputs, _ = problem.predict(params, problem.model_state, inputs)
+            return problem.likelihood.nll(outputs, targets).mean()
+
+        gradient = jax.grad(loss_fn)(params)
+        updates, opt_state = self.optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
 
 def _kinds(method: Method, layers: tkfac.Layers) -> tuple[str, ...]:

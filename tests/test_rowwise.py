@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -141,6 +142,24 @@ def by_hand(optimizer, predict, layers, x, y, estimator, intervals, **extra):
     )
 
 
+class LastNorm(NamedTuple):
+    """The state of `watched`."""
+
+    norm: jax.Array
+
+
+def watched():
+    """The identity, which remembers the norm of what went through."""
+
+    def update(updates, state, params=None, **extra):
+        del state, params, extra
+        return updates, LastNorm(optax.tree.norm(updates))
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: LastNorm(jnp.zeros((), jnp.float64)), update
+    )
+
+
 OPTIMIZERS = {
     "plain": lambda layers: tkfac.tkfac(0.05, layers, damping=0.1),
     "moments": lambda layers: tkfac.tkfac(0.05, layers, damping=0.1, averaging="moments"),
@@ -156,9 +175,21 @@ OPTIMIZERS = {
         tkfac.scale_by_tkfac(layers, damping=0.1),
         optax.scale(-0.05),
     ),
+    "watched": lambda layers: optax.chain(
+        watched(), tkfac.scale_by_tkfac(layers, damping=0.1), optax.scale(-0.05)
+    ),
 }
 # A gradient that something has changed is not that of the rows; and one that is used besides costs its product.
-FROM_ROWS = {"plain": 4, "moments": 4, "norm constraint": 2, "adaptive": 2, "l2": 0, "clipped": 0}
+FROM_ROWS = {
+    "plain": 4,
+    "moments": 4,
+    "norm constraint": 2,
+    "adaptive": 2,
+    "l2": 0,
+    "clipped": 0,
+    # Beside the steps, the program computes the gradients.
+    "watched": 4,
+}
 
 
 @pytest.mark.parametrize(
@@ -186,8 +217,10 @@ def test_training_steps_are_those_without_rows(kind, estimator, monkeypatch):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
     )
-    # In the plain program, and in that of new statistics; new inverses replace those of the rows.
-    assert len(names) == 2 * FROM_ROWS[kind]
+    # In the plain program, and in that of new statistics, whose first half looks what the other one will need; new
+    # inverses replace those of the rows.
+    times = 2 if kind == "adaptive" else 3
+    assert len(names) == times * FROM_ROWS[kind]
 
 
 def test_locations_are_rows():
@@ -218,9 +251,10 @@ def operations(program, *args):
     return program.lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.parametrize("interval", [1, 2], ids=["new statistics", "plain"])
 @pytest.mark.parametrize(("batch", "saves"), [(8, True), (512, False)])
-def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, monkeypatch):
-    """Counted by XLA; with a large batch the program is the same with rows as without."""
+def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, interval, monkeypatch):
+    """Counted by XLA; with a large batch the programs are the same with rows as without."""
     width = 64
     model = nn.Dense(width, use_bias=False, dtype=jnp.float32)
     x = jnp.ones((batch, width), jnp.float32)
@@ -235,20 +269,21 @@ def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, monkey
         compiled = original(function, **options)
 
         def call(*args):
-            counts.append(operations(compiled, *args))
+            counts[-1] += operations(compiled, *args)
             return compiled(*args)
 
         return call
 
     state = jax.jit(optimizer.init)(params)
     for smallest in (1, 10**12):
+        counts.append(0)
         monkeypatch.setattr(rowwise, "SMALLEST_SAVING", smallest)
         step = tkfac.make_train_step(
             predict,
             tkfac.Normal(),
             optimizer,
             layers=layers,
-            fisher_interval=2,
+            fisher_interval=interval,
             inverse_interval=2,
             estimator="empirical",
         )
@@ -533,7 +568,8 @@ def test_under_pmap_steps_are_averaged(monkeypatch):
         received = mapped(
             *received, x.reshape(devices, -1, INPUTS), targets=y.reshape(devices, -1)
         )[:2]
-    assert len(names) == 2 * 2 * FROM_ROWS["plain"]
+    # Without the axis, steps with new statistics are made in two halves, the first of which looks at the other.
+    assert len(names) == (3 + 2) * FROM_ROWS["plain"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8, atol=1e-10), received, expected
     )

@@ -6,7 +6,7 @@ import pytest
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
-from tkfac_jax import training
+from tkfac_jax import steps
 
 KEYS = [jax.random.key(t) for t in range(8)]
 
@@ -137,8 +137,10 @@ def test_when_statistics_have_a_program_of_their_own(
     predict, params, *args, y, layers = convnet_problem() if convolution else mlp_problem()
     optimizer = tkfac.tkfac(0.05, layers)
     built = []
-    in_two = training._in_two
-    monkeypatch.setattr(training, "_in_two", lambda *args: built.append(1) or in_two(*args))
+    alone = steps.StepFunctions._statistics
+    monkeypatch.setattr(
+        steps.StepFunctions, "_statistics", lambda *args: built.append(1) or alone(*args)
+    )
     step = tkfac.make_train_step(
         predict,
         tkfac.Categorical(),
@@ -166,13 +168,13 @@ def test_convolutions_and_batch_norm_with_statistics_of_a_program_of_their_own()
             tkfac.Categorical(),
             optimizer,
             layers=layers,
-            fisher_interval=training.SELDOM,
-            inverse_interval=training.SELDOM,
+            fisher_interval=steps.SELDOM,
+            inverse_interval=steps.SELDOM,
             statistics_apart=apart,
             has_aux=True,
         )
         received, state, statistics = copy(params), init(optimizer, params), batch_stats
-        for t in range(training.SELDOM + 1):
+        for t in range(steps.SELDOM + 1):
             received, state, metrics = step(
                 received, state, statistics, x, targets=y, key=KEYS[t % len(KEYS)]
             )

@@ -190,22 +190,30 @@ class Curvature(NamedTuple):
             weight: Array,
             numbers: list[Any],
         ) -> tuple[dict[str, KroneckerFactors], dict[str, Array]]:
-            new = {
-                name: kronecker_factors(
-                    LayerStatistics(*(array.astype(spec.dtype) for array in statistics[name]))
-                )
-                for name, spec in active.items()
-            }
-            old = self.storage.load_factors(factors, active)
-            if self.averaging == "factors":
-                damped = damping_of(numbers).damp(new, active, step)
-                stored = self.storage.store_factors(average_factors(old, damped, weight))
-            else:
-                stored = self.storage.store_factors(average_moments(old, new, weight))
-            # What is not finite in a moment is not in the factor, unless the trace is infinite.
-            good = {name: all_finite((statistics[name].trace, stored[name])) for name in active}
+            def averages(
+                statistics: Statistics, factors: dict[str, KroneckerFactors]
+            ) -> dict[str, KroneckerFactors]:
+                new = {
+                    name: kronecker_factors(
+                        LayerStatistics(*(array.astype(spec.dtype) for array in statistics[name]))
+                    )
+                    for name, spec in active.items()
+                }
+                old = self.storage.load_factors(factors, active)
+                if self.averaging == "factors":
+                    damped = damping_of(numbers).damp(new, active, step)
+                    return self.storage.store_factors(average_factors(old, damped, weight))
+                return self.storage.store_factors(average_moments(old, new, weight))
+
+            # Whole averages, read for their finiteness before one of them is chosen, would all be written to memory
+            # first. What is wrong with more than a moment, as with a damping, is wrong in each column; the barrier
+            # keeps the compiler from making these out of the whole averages.
+            again = averages(*jax.lax.optimization_barrier((statistics, factors)))
+            columns = jax.tree.map(lambda array: array[..., :1] if array.ndim else array, again)
+            good = {name: all_finite((statistics[name], columns[name])) for name in active}
             accepted = _all(good)
-            kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), stored, factors)
+            new = averages(statistics, factors)
+            kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, factors)
             return kept, good
 
         weight = decay_at(self.decay, state.factor_updates)

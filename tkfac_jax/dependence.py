@@ -154,11 +154,7 @@ def used_elsewhere(
     def is_used(specs: Sequence[LayerSpec]) -> bool:
         kernels = {spec.kernel for spec in specs}
         own = kernels | {spec.bias for spec in specs if spec.bias is not None}
-        copies = {
-            name: jax.ShapeDtypeStruct((MANY, *jnp.shape(leaf)), leaf.dtype)
-            for name, leaf in named_leaves(params).items()
-            if name in own
-        }
+        leaves = {name: leaf for name, leaf in named_leaves(params).items() if name in own}
 
         def outputs(own: Mapping[str, Array]) -> Any:
             routes = Routes.through(replace_leaves(params, own), {})
@@ -178,12 +174,28 @@ def used_elsewhere(
             with observing(observe):
                 return fun(routes.params)
 
-        # An output that differs from copy to copy cannot be returned as one.
-        return not _traces(jax.vmap(outputs, out_axes=None, axis_size=MANY), copies)
+        return not is_independent(outputs, leaves)
 
     if not specs or not is_used(specs):
         return frozenset()
     return frozenset(spec.name for spec in specs if len(specs) == 1 or is_used([spec]))
+
+
+def is_independent(fun: Callable[[Any], Any], arrays: Any) -> bool:
+    """Whether nothing that a function returns depends on its arrays: it is traced with many copies of them.
+
+    Args:
+      fun: a function of a tree of arrays, which returns arrays.
+      arrays: the tree, for its shapes.
+
+    Returns:
+      Whether it is so. Not, if the function cannot be mapped over copies.
+    """
+    copies = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct((MANY, *jnp.shape(array)), array.dtype), arrays
+    )
+    # An output that differs from copy to copy cannot be returned as one.
+    return _traces(jax.vmap(fun, out_axes=None, axis_size=MANY), copies)
 
 
 def _num_examples(outputs: Any) -> int | None:

@@ -7,6 +7,7 @@ that comes out where the gradient and the inverses that it has at hand are the v
 (`RowStep.stands_for`), and the compiler drops whatever is not used then: the gradient's product, or the step.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,22 +31,35 @@ SMALLEST_SAVING = 2**22
 KernelAndBias = tuple[Array, Array | None]
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Multiplications, which a compiled program takes as given.
+
+    Attributes:
+      saving: those that a step from rows saves over preconditioning the gradient, if nobody else wants the gradient.
+      product: those of the gradient's own product.
+    """
+
+    saving: int
+    product: int
+
+
 class RowStep(NamedTuple):
     """The step of one layer, made from rows.
 
     Attributes:
-      gradient: the gradients of kernel and bias that it stands for, the very arrays.
-      inverses: the inverses that the rows were multiplied by.
+      gradient: the gradients of kernel and bias that it stands for, the very arrays; None on the way from one program
+        to another.
+      inverses: the inverses that the rows were multiplied by, likewise.
       step: the preconditioned gradients of kernel and bias.
-      saving: multiplications that it saves over preconditioning the gradient, if nobody else wants the gradient.
-      product: those of the gradient's own product.
+      cost: what it saves.
     """
 
-    gradient: KernelAndBias
-    inverses: KroneckerInverses
+    gradient: KernelAndBias | None
+    inverses: KroneckerInverses | None
     step: KernelAndBias
-    saving: int
-    product: int
+    cost: Cost
 
     def stands_for(
         self,
@@ -54,13 +68,15 @@ class RowStep(NamedTuple):
         gradient_is_used: bool,
     ) -> bool:
         """Whether this is what preconditioning a gradient would give, at fewer operations."""
+        if self.gradient is None or self.inverses is None:
+            return False
         same = all(
             one is other
             for one, other in zip(
                 (*self.gradient, *self.inverses), (*gradient, *inverses), strict=True
             )
         )
-        saving = self.saving - (self.product if gradient_is_used else 0)
+        saving = self.cost.saving - (self.cost.product if gradient_is_used else 0)
         return same and saving >= SMALLEST_SAVING
 
 
@@ -162,8 +178,7 @@ class RowSteps:
                     step.astype(kernel.dtype),
                     None if bias is None or bias_step is None else bias_step.astype(bias.dtype),
                 ),
-                saving,
-                spec.d_in * spec.d_out * sum(rows),
+                Cost(saving, spec.d_in * spec.d_out * sum(rows)),
             )
         return found
 

@@ -1,7 +1,7 @@
 """A training step in which every kind of step is a compiled program of its own."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,30 +9,20 @@ import optax
 
 from tkfac_jax.accumulation import AccumulationState
 from tkfac_jax.adaptation import find_adaptive
-from tkfac_jax.capture import Options, Rule, trace_restricted
-from tkfac_jax.curvature import Share, find_state
+from tkfac_jax.capture import Rule, trace_restricted
+from tkfac_jax.curvature import find_state
 from tkfac_jax.discovery import unjitted
-from tkfac_jax.estimators import Batch, Estimator, first_examples
-from tkfac_jax.gradients import Gradients, check_estimator, gradients_with_fisher
+from tkfac_jax.estimators import Estimator
+from tkfac_jax.gradients import check_estimator
 from tkfac_jax.layers import Layers
 from tkfac_jax.schedule import check_interval, first_step_of, num_shares, share_at
-from tkfac_jax.statistics import (
-    HIGHEST,
-    Likelihoods,
-    Precision,
-    Sharings,
-    fisher_of,
-)
+from tkfac_jax.statistics import HIGHEST, Likelihoods, Precision, Sharings
+from tkfac_jax.steps import Kind, Refresh, StepFunctions, StepOptions, takes_statistics_apart
 
 ACCUMULATING = (
     "the optimizer is one of multi_steps, whose steps make_train_step cannot tell apart from micro-steps: give "
     "make_train_step the optimizer itself and whole batches, or write the step by hand."
 )
-
-Refresh = Literal["none", "share", "all"]
-
-# Where new statistics are at least so many steps apart, another forward pass for them costs little.
-SELDOM = 10
 
 
 def make_train_step(
@@ -106,76 +96,37 @@ def make_train_step(
     check_interval("inverse_interval", inverse_interval)
     check_estimator(estimator)
     predict = unjitted(predict)
-    options: dict[str, Any] = {"has_aux": has_aux, "axis_name": axis_name}
-
-    def gradients(estimator: Estimator | None) -> Callable[..., Gradients]:
-        return gradients_with_fisher(
-            predict,
-            likelihood,
-            layers,
-            estimator,
-            num_samples=num_samples,
-            options=Options(rule, sharing, precision),
-            average=True,
-            **options,
-        )
-
-    apart = takes_statistics_apart(layers, fisher_interval, statistics_apart)
-    with_fisher, without_fisher = gradients(estimator), gradients(None)
-    options |= {"sharing": sharing, "rule": rule, "precision": precision}
-    fisher = fisher_of(estimator, predict, likelihood, layers, num_samples, **options)
-
     num = num_shares(len(layers), inverse_interval)
+    functions = StepFunctions.build(
+        predict,
+        likelihood,
+        optimizer,
+        layers,
+        StepOptions(
+            inverse_interval,
+            num,
+            takes_statistics_apart(layers, fisher_interval, statistics_apart),
+            has_aux,
+            steps_from_rows,
+            statistics_args,
+            model_args,
+            axis_name,
+        ),
+        estimator=estimator,
+        num_samples=num_samples,
+        rule=rule,
+        sharing=sharing,
+        precision=precision,
+    )
 
-    def only_fisher(params: Any, args: Any, data: dict[str, Any]) -> Any:
-        if statistics_args is not None:
-            args = statistics_args(*args)
-            outputs = jax.eval_shape(_outputs_fn(predict, has_aux, args), params)
-            examples = jax.tree.leaves(outputs)[0].shape[0]
-            batch = Batch(data["position_mask"], data["example_weights"])
-            targets, batch = first_examples(examples, data["targets"], batch)
-            of_first = {"position_mask": batch.mask, "example_weights": batch.weights}
-            data = data | {"targets": targets} | of_first
-        return fisher(params, *args, **data)
-
-    def program(new_statistics: bool, refresh: Refresh, adapt_damping: bool) -> Callable[..., Any]:
-        alone = apart or statistics_args is not None
-        gradients_of = with_fisher if new_statistics and not alone else without_fisher
-
-        def run(
-            params: Any, opt_state: Any, args: Any, data: dict[str, Any], statistics: Any = None
-        ) -> Any:
-            # Inverses that this step replaces are of no use for steps from rows.
-            from_rows = steps_from_rows and refresh == "none"
-            inverses = find_state(opt_state).inverses if from_rows else None
-            found = gradients_of(params, *args, **data, inverses=inverses)
-            if new_statistics and alone and statistics is None:
-                statistics = only_fisher(params, args, data)
-            updates, opt_state = optimizer.update(
-                found.gradient,
-                opt_state,
-                params,
-                statistics=found.statistics if statistics is None else statistics,
-                refresh_inverses=_which(refresh, opt_state, inverse_interval, num),
-                row_steps=found.row_steps,
-                # What only adaptive_tkfac looks at.
-                adapt_damping=adapt_damping,
-                outputs_fn=_outputs_fn(predict, has_aux, args),
-                targets=data["targets"],
-                model_outputs_fn=_outputs_fn(predict, has_aux, args, model_args),
-                position_mask=data["position_mask"],
-                example_weights=data["example_weights"],
-                axis_name=axis_name,
-            )
-            metrics = {"loss": found.loss} | ({"aux": found.predicted[1]} if has_aux else {})
-            return optax.apply_updates(params, updates), opt_state, metrics
-
-        step = _compiled(run, axis_name, donated=(0, 1))
-        if not (new_statistics and apart):
+    def program(kind: Kind, in_halves: bool) -> Callable[..., Any]:
+        made = functions.of(kind, in_halves=in_halves)
+        step = _compiled(made.step, axis_name, donated=(0, 1))
+        if made.first is None:
             return step
-        return _in_two(step, _compiled(only_fisher, axis_name))
+        return _in_two(_compiled(made.first, axis_name), step)
 
-    programs: dict[tuple[bool, Refresh, bool], Callable[..., Any]] = {}
+    programs: dict[tuple[Kind, bool], Callable[..., Any]] = {}
     counter = _HostCounter()
 
     def step(
@@ -189,36 +140,29 @@ def make_train_step(
     ) -> Any:
         number, of = counter.read(opt_state), num if spread_inverses else 1
         kind = (
-            (True, "none", False)
+            Kind(True, "none")
             if counter.warmup_left
-            else (
+            else Kind(
                 number % fisher_interval == 0,
                 _refresh_at(number, inverse_interval, of),
                 counter.damping_interval > 0 and (number + 1) % counter.damping_interval == 0,
             )
         )
-        if kind not in programs:
-            programs[kind] = program(*kind)
+        # What adaptive_tkfac does with the model shares the forward pass of the gradient, within one program.
+        in_halves = axis_name is None and not counter.adaptive and _on_cpu(params)
+        if (kind, in_halves) not in programs:
+            programs[kind, in_halves] = program(kind, in_halves)
         data = {
             "targets": targets,
             "key": key,
             "position_mask": position_mask,
             "example_weights": example_weights,
         }
-        params, opt_state, metrics = programs[kind](params, opt_state, args, data)
+        params, opt_state, metrics = programs[kind, in_halves](params, opt_state, args, data)
         counter.advance(opt_state)
         return params, opt_state, metrics
 
     return step
-
-
-def takes_statistics_apart(
-    layers: Layers, fisher_interval: int, wanted: bool | None = None
-) -> bool:
-    """Whether new statistics come from a program of their own: as wanted, or where it spares memory cheaply."""
-    if wanted is not None:
-        return wanted
-    return fisher_interval >= SELDOM and any(spec.kind == "conv" for spec in layers.values())
 
 
 def _compiled(
@@ -229,28 +173,22 @@ def _compiled(
     return jax.jit(function, donate_argnums=donated)
 
 
-def _in_two(step: Callable[..., Any], gather: Callable[..., Any]) -> Callable[..., Any]:
-    """A step whose statistics another program has gathered."""
+def _in_two(first: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step for which another program has done some of the work."""
 
     def in_two(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
-        return step(params, opt_state, args, data, gather(params, args, data))
+        given = first(params, opt_state, args, data)
+        return step(params, opt_state, args, data, given)
 
     return in_two
 
 
-def _outputs(predicted: Any, has_aux: bool) -> Any:
-    return predicted[0] if has_aux else predicted
-
-
-def _outputs_fn(
-    predict: Callable[..., Any],
-    has_aux: bool,
-    args: tuple[Any, ...],
-    part: Callable[..., tuple[Any, ...]] | None = None,
-) -> Callable[[Any], Any]:
-    """The outputs as a function of the parameters, on all of the batch or on a part of it."""
-    chosen = args if part is None else part(*args)
-    return lambda params: _outputs(predict(params, *chosen), has_aux)
+def _on_cpu(params: Any) -> bool:
+    """Whether parameters are on a CPU, or will be."""
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.Array):
+        return next(iter(leaf.devices())).platform == "cpu"
+    return jax.default_backend() == "cpu"
 
 
 def _refresh_at(step: int, interval: int, of: int) -> Refresh:
@@ -259,13 +197,6 @@ def _refresh_at(step: int, interval: int, of: int) -> Refresh:
         return "all" if step % interval == 0 else "none"
     first = first_step_of(share_at(step, interval, of), interval, of)
     return "share" if step % interval == first else "none"
-
-
-def _which(refresh: Refresh, opt_state: Any, interval: int, of: int) -> bool | Share:
-    """The optimizer's `refresh_inverses`."""
-    if refresh == "share":
-        return Share(share_at(find_state(opt_state).step, interval, of), of)
-    return refresh == "all"
 
 
 def _accumulates(opt_state: Any) -> bool:
@@ -281,6 +212,7 @@ class _HostCounter:
         self._seen: Any = None
         self.warmup_left = 0
         self.damping_interval = 0
+        self.adaptive = False
 
     def read(self, opt_state: Any) -> int:
         """The number of the step that `opt_state` is about to make; in a warm-up, of the one after that."""
@@ -290,6 +222,7 @@ class _HostCounter:
                 raise ValueError(ACCUMULATING)
             self._number = _on_host(step)
             adaptive = find_adaptive(opt_state)
+            self.adaptive = adaptive is not None
             self.warmup_left = 0 if adaptive is None else _on_host(adaptive.warmup_left)
             self.damping_interval = 0 if adaptive is None else _on_host(adaptive.damping_interval)
         return self._number
