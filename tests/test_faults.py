@@ -187,6 +187,23 @@ def test_bad_statistics_name_their_layer():
     assert table(tkfac.diagnostics(state, layers)).endswith("failed statistics: Dense_1 (1)")
 
 
+@pytest.mark.parametrize("make", [tkfac.normal_damping, tkfac.factored_damping])
+def test_a_damping_that_is_not_a_number_leaves_the_averages_as_they_are(make):
+    """Averages are looked at in one column only; there it shows."""
+    predict, params, x, y, layers = mlp_problem()
+    fisher = tkfac.empirical_fisher(predict, tkfac.Categorical(), layers)
+    statistics = jax.jit(fisher)(params, x, targets=y)
+    damping = make(lambda step: jnp.where(step == 1, jnp.nan, 0.1))
+    optimizer = tkfac.scale_by_tkfac(layers, damping=damping)
+    update = jax.jit(lambda state: optimizer.update(params, state, params, statistics=statistics))
+    _, first = update(optimizer.init(params))
+    _, second = update(first)
+    assert_finite(second)
+    assert int(second.skipped_statistics) == 1
+    assert [int(faults.statistics) for faults in second.faults.values()] == [1] * len(layers)
+    jax.tree.map(np.testing.assert_array_equal, second.factors, first.factors)
+
+
 def test_bad_gradients_name_their_layer_and_stop_nothing_else():
     bad = {"kernel": jnp.full((5, 4), jnp.inf)}
     updates, state, layers = one_step(gradient={"Dense_1": bad})
