@@ -49,7 +49,8 @@ def make_train_step(
     """Builds a training step that compiles one program for each kind of step.
 
     Plain steps, steps with new statistics and steps with new inverses are separate programs, so
-    that a plain step carries no `lax.cond` and none of its copies. A counter on the host picks; it is
+    that a plain step carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics are two programs,
+    the gradient with the statistics and the update, whose memory is used again at each step. A counter on the host picks; it is
     read from the state at the first call, and whenever the state is not the one returned last. The
     buffers of `params` and `opt_state` are donated: use what the step returns.
 
@@ -103,14 +104,14 @@ def make_train_step(
         optimizer,
         layers,
         StepOptions(
-            inverse_interval,
-            num,
-            takes_statistics_apart(layers, fisher_interval, statistics_apart),
-            has_aux,
-            steps_from_rows,
-            statistics_args,
-            model_args,
-            axis_name,
+            inverse_interval=inverse_interval,
+            shares=num,
+            apart=takes_statistics_apart(layers, fisher_interval, statistics_apart),
+            has_aux=has_aux,
+            steps_from_rows=steps_from_rows,
+            statistics_args=statistics_args,
+            model_args=model_args,
+            axis_name=axis_name,
         ),
         estimator=estimator,
         num_samples=num_samples,
