@@ -49,10 +49,10 @@ def make_train_step(
     """Builds a training step that compiles one program for each kind of step.
 
     Plain steps, steps with new statistics and steps with new inverses are separate programs, so
-    that a plain step carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics are two programs,
-    the gradient with the statistics and the update, whose memory is used again at each step. A counter on the host picks; it is
-    read from the state at the first call, and whenever the state is not the one returned last. The
-    buffers of `params` and `opt_state` are donated: use what the step returns.
+    that a plain step carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics are two
+    programs, the gradient with the statistics and the update, whose memory is used again at each step. A counter on
+    the host picks; it is read from the state at the first call, and whenever the state is not the one returned last.
+    The buffers of `params` and `opt_state` are donated: use what the step returns.
 
     Args:
       predict: the model, `predict(params, *args) -> outputs`.
