@@ -204,6 +204,36 @@ def test_a_damping_that_is_not_a_number_leaves_the_averages_as_they_are(make):
     jax.tree.map(np.testing.assert_array_equal, second.factors, first.factors)
 
 
+def test_statistics_that_overflow_in_the_dtype_of_the_layer_name_it():
+    """In double precision they are finite; what overflows is not in the column that is looked at."""
+    layers = layers_of((6, 3), "float32")
+    large = jnp.eye(7).at[-1, -1].set(1e300)
+    statistics = {".": tkfac.LayerStatistics(large, jnp.eye(3), jnp.ones(()))}
+    optimizer = tkfac.scale_by_tkfac(layers)
+    params = params_of((6, 3), jnp.float32)
+    _, state = optimizer.update(params, optimizer.init(params), params, statistics=statistics)
+    assert int(state.skipped_statistics) == 1
+    assert_finite(state)
+
+
+def test_averages_take_no_memory_beside_the_state():
+    """A program that is given statistics writes the averages where the old ones were."""
+    layers = layers_of((600, 2), "float32")
+    params = params_of((600, 2), jnp.float32)
+    optimizer = tkfac.scale_by_tkfac(layers)
+    state = optimizer.init(params)
+    statistics = {".": tkfac.LayerStatistics(*state.factors["."])}
+
+    def update(state, statistics):
+        _, state = optimizer.update(
+            params, state, params, statistics=statistics, refresh_inverses=False
+        )
+        return state
+
+    compiled = jax.jit(update, donate_argnums=0).lower(state, statistics).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < state.factors["."].phi.nbytes
+
+
 def test_bad_gradients_name_their_layer_and_stop_nothing_else():
     bad = {"kernel": jnp.full((5, 4), jnp.inf)}
     updates, state, layers = one_step(gradient={"Dense_1": bad})

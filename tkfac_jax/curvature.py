@@ -193,18 +193,18 @@ class Curvature(NamedTuple):
             def averages(
                 statistics: Statistics, factors: dict[str, KroneckerFactors]
             ) -> dict[str, KroneckerFactors]:
-                new = {
-                    name: kronecker_factors(
-                        LayerStatistics(*(array.astype(spec.dtype) for array in statistics[name]))
-                    )
-                    for name, spec in active.items()
-                }
+                new = {name: kronecker_factors(statistics[name]) for name in active}
                 old = self.storage.load_factors(factors, active)
                 if self.averaging == "factors":
                     damped = damping_of(numbers).damp(new, active, step)
                     return self.storage.store_factors(average_factors(old, damped, weight))
                 return self.storage.store_factors(average_moments(old, new, weight))
 
+            # Numbers that overflow in the layer's own dtype are not finite either.
+            statistics = {
+                name: LayerStatistics(*(array.astype(spec.dtype) for array in statistics[name]))
+                for name, spec in active.items()
+            }
             # Whole averages, read for their finiteness before one of them is chosen, would all be written to memory
             # first. What is wrong with more than a moment, as with a damping, is wrong in each column; the barrier
             # keeps the compiler from making these out of the whole averages.

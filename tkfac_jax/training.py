@@ -150,7 +150,7 @@ def make_train_step(
             )
         )
         # What adaptive_tkfac does with the model shares the forward pass of the gradient, within one program.
-        in_halves = axis_name is None and not counter.adaptive and _on_cpu(params)
+        in_halves = axis_name is None and not counter.adaptive and counter.on_cpu
         if (kind, in_halves) not in programs:
             programs[kind, in_halves] = program(kind, in_halves)
         data = {
@@ -184,11 +184,10 @@ def _in_two(first: Callable[..., Any], step: Callable[..., Any]) -> Callable[...
     return in_two
 
 
-def _on_cpu(params: Any) -> bool:
-    """Whether parameters are on a CPU, or will be."""
-    leaf = jax.tree.leaves(params)[0]
-    if isinstance(leaf, jax.Array):
-        return next(iter(leaf.devices())).platform == "cpu"
+def _on_cpu(array: Any) -> bool:
+    """Whether an array is on a CPU, or will be."""
+    if isinstance(array, jax.Array):
+        return next(iter(array.devices())).platform == "cpu"
     return jax.default_backend() == "cpu"
 
 
@@ -214,6 +213,7 @@ class _HostCounter:
         self.warmup_left = 0
         self.damping_interval = 0
         self.adaptive = False
+        self.on_cpu = False
 
     def read(self, opt_state: Any) -> int:
         """The number of the step that `opt_state` is about to make; in a warm-up, of the one after that."""
@@ -224,6 +224,7 @@ class _HostCounter:
             self._number = _on_host(step)
             adaptive = find_adaptive(opt_state)
             self.adaptive = adaptive is not None
+            self.on_cpu = _on_cpu(step)
             self.warmup_left = 0 if adaptive is None else _on_host(adaptive.warmup_left)
             self.damping_interval = 0 if adaptive is None else _on_host(adaptive.damping_interval)
         return self._number
