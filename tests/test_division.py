@@ -100,11 +100,16 @@ def test_each_device_is_given_its_share_only(how):
         shapes.append(stack.shape)
         return stack, jnp.ones(len(stack), bool)
 
-    groups = {size: jnp.ones((number, size, size)) for size, number in ((6, 9), (3, 2))}
+    # In parts, of which the last one is divided: a matrix of it fills up the round of the larger ones.
+    matrices = np.random.default_rng(0).normal(size=(9, 6, 6))
+    groups = {
+        6: [jnp.asarray(matrices[:4]), jnp.asarray(matrices[4:])],
+        3: [jnp.asarray(matrices[:2, :3, :3]), jnp.asarray(matrices[2:5, :3, :3])],
+    }
     received = on_devices(
         how, count, lambda devices, groups: map_matrices(watched, groups, devices), groups
     )
-    # Nine of size 6 and two of size 3 are eleven matrices in three rounds of four devices.
-    assert set(shapes) == {(3, 6, 6)}
+    # Nine of size 6 and three of size 3 are three rounds of four devices; two of size 3 are left.
+    assert set(shapes) == {(3, 6, 6), (1, 3, 3)}
     for size, (matrices, _) in received.items():
-        np.testing.assert_array_equal(matrices, groups[size])
+        np.testing.assert_array_equal(matrices, jnp.concatenate(groups[size]))

@@ -108,6 +108,24 @@ def test_nearly_equal_sizes_share_a_program():
     assert sorted(shapes) == sorted(expected)
 
 
+def test_one_stack_at_a_time_takes_memory():
+    """What is inverted is put together when the larger matrices are done."""
+    layers, factors, old = layers_of([(400, 390), (380, 370), (360, 350)], [False] * 3)
+
+    def inverted(factors, old):
+        return invert_factors(factors, old, layers, jnp.positive)
+
+    compiled = jax.jit(inverted, donate_argnums=1).lower(factors, old).compile()
+    largest = factors["layer_0"].phi.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * largest
+    # They are inverted all the same, and each is what it was.
+    received, failures = compiled(factors, old)
+    assert not any(failures.values())
+    for name, inverse in received.items():
+        np.testing.assert_array_equal(inverse.phi, factors[name].phi)
+        np.testing.assert_array_equal(inverse.psi, factors[name].psi)
+
+
 @pytest.mark.parametrize("number", [3, 4])
 def test_each_matrix_of_a_stack_is_retried_by_itself(number):
     """Healthy ones get no damping, whether or not they are inverted together with one that does."""

@@ -9,7 +9,7 @@ program is compiled for each stack.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,42 +106,64 @@ def _gather(own: Array, axis_name: Any) -> Array:
 
 
 def map_matrices(
-    function: StackFunction, groups: Mapping[int, Float[Array, "n size size"]], devices: Devices
+    function: StackFunction,
+    groups: Mapping[int, Sequence[Array]],
+    devices: Devices,
 ) -> dict[int, Any]:
     """Applies a function to all matrices, divided among devices.
 
     Args:
-      function: from a stack `(n, size, size)` to a pair of such a stack and an array `(n,)`, matrix by matrix.
-        What a matrix is filled up with, a multiple of the identity, must not matter to the rest of its result.
-      groups: by size, all matrices of that size.
+      function: from a stack `(n, size, size)` to a pair of such a stack and an array `(n,)` of flags, matrix by
+        matrix. What a matrix is filled up with, a multiple of the identity, must not matter to the rest of its result.
+      groups: by size, all matrices of that size, in parts `(n, size, size)`.
       devices: the devices.
 
     Returns:
       By size, what the function returns for the matrices.
     """
     found: dict[int, list[Any]] = {size: [] for size in groups}
+    counts = {size: sum(len(part) for part in parts) for size, parts in groups.items()}
     count = devices.number()
-    for pieces in deal({size: len(group) for size, group in groups.items()}, count):
+    ended: Array | None = None
+    for pieces in deal(counts, count):
         largest = pieces[0].size
-        parts = [_filled(groups[p.size][p.start : p.stop], largest) for p in pieces]
+        parts = [
+            _filled(part if ended is None else jnp.where(ended, part, 0), largest)
+            for piece in pieces
+            for part in _taken(groups[piece.size], piece)
+        ]
         missing = -sum(len(part) for part in parts) % count
         if missing:
             identity = jnp.eye(largest, dtype=parts[0].dtype)
             parts.append(jnp.broadcast_to(identity, (missing, largest, largest)))
-        matrices, flags = devices.map(
-            function, jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-        )
+        matrices, flags = devices.map(function, _joined(parts))
+        if count == 1:
+            # Always true, which the compiler does not know: it would put all stacks together before it works on the
+            # first one, and hold them all in memory.
+            ended = flags.sum() >= 0
         start = 0
         for size, first, stop in pieces:
             end = start + stop - first
             found[size].append((matrices[start:end, :size, :size], flags[start:end]))
             start = end
     return {
-        size: results[0]
-        if len(results) == 1
-        else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+        size: jax.tree.map(lambda *parts: _joined(parts), *results)
         for size, results in found.items()
     }
+
+
+def _taken(parts: Sequence[Array], piece: Piece) -> list[Array]:
+    """The matrices of a piece, in parts."""
+    taken, start = [], 0
+    for part in parts:
+        own = part[max(piece.start - start, 0) : max(piece.stop - start, 0)]
+        taken += [own] if len(own) else []
+        start += len(part)
+    return taken
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def deal(counts: Mapping[int, int], devices: int) -> list[list[Piece]]:

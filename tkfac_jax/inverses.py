@@ -201,12 +201,7 @@ def invert_factors(
             for size, members in by_size.items()
         }
         results = map_matrices(
-            lambda stack: _invert_with_retries(stack, inverse),
-            {
-                size: jnp.concatenate(own) if len(own) > 1 else own[0]
-                for size, own in stacks.items()
-            },
-            devices,
+            lambda stack: _invert_with_retries(stack, inverse), stacks, devices
         )
         for size, members in by_size.items():
             start = 0
