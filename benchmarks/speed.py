@@ -60,17 +60,36 @@ COMPILATIONS, COMPILING_S = 3, 10
 SLOW_MS = 10_000
 
 
+class Layer(nn.Module):
+    """A dense layer with its nonlinearity."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """What the next layer is given; nothing besides, as `nn.scan` asks."""
+        return nn.relu(nn.Dense(self.width)(x)), None
+
+
 class Perceptron(nn.Module):
-    """Many dense layers of one width."""
+    """Many dense layers of one width, one by one or stacked by `nn.scan`."""
 
     depth: int
     width: int
+    stacked: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits, as many as the width."""
-        for _ in range(self.depth - 1):
-            x = nn.relu(nn.Dense(self.width)(x))
+        between = self.depth - 1
+        if self.stacked:
+            stack = nn.scan(
+                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=between
+            )
+            x, _ = stack(self.width)(x)
+        else:
+            for _ in range(between):
+                x, _ = Layer(self.width)(x)
         return nn.Dense(self.width)(x)
 
 
@@ -80,10 +99,13 @@ def autoencoder(batch_size: int = BATCH_SIZE) -> Problem:
     return _without_state(Autoencoder(), tkfac.Bernoulli(), pixels, pixels)
 
 
-def perceptron(depth: int = 100, width: int = 64, batch_size: int = 64) -> Problem:
+def perceptron(
+    depth: int, width: int = 64, batch_size: int = 64, *, stacked: bool = False
+) -> Problem:
     """A deep network of equal layers: what compilation costs."""
     noise = np.random.default_rng(0).random((batch_size, width), np.float32)
-    return _without_state(Perceptron(depth, width), tkfac.Normal(), noise, noise)
+    model = Perceptron(depth, width, stacked)
+    return _without_state(model, tkfac.Normal(), noise, noise)
 
 
 def transformer(batch_size: int = 32, context: int = 128) -> Problem:
@@ -131,7 +153,10 @@ NETWORKS: dict[str, Callable[[], Problem]] = {
     "resnet20": lambda: on_images(ResNet(20)),
     "vgg16": lambda: on_images(VGG16()),
     "transformer": transformer,
-    "mlp100": perceptron,
+    "mlp10": lambda: perceptron(10),
+    "mlp100": lambda: perceptron(100),
+    "scan10": lambda: perceptron(10, stacked=True),
+    "scan100": lambda: perceptron(100, stacked=True),
 }
 
 

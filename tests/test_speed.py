@@ -11,6 +11,7 @@ import optax
 import pytest
 from test_benchmarks import make_mnist
 
+import tkfac_jax as tkfac
 from benchmarks import speed, subsampling
 from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
@@ -176,6 +177,18 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "resnet20: " in shown
     assert "| TKFAC, new statistics, apart" in shown
+
+
+def test_a_program_does_not_grow_with_the_number_of_stacked_layers():
+    def lines(depth, *, stacked):
+        problem = speed.perceptron(depth, 6, 5, stacked=stacked)
+        optimizer = tkfac.tkfac(0.1, problem.find_layers(), damping=0.1)
+        state = jax.eval_shape(optimizer.init, problem.params)
+        step = jax.jit(lambda grads, state: optimizer.update(grads, state, statistics=None)[0])
+        return step.lower(problem.params, state).as_text().count("\n")
+
+    assert lines(3, stacked=True) == lines(9, stacked=True)
+    assert lines(3, stacked=True) < lines(3, stacked=False) < lines(9, stacked=False)
 
 
 @pytest.mark.parametrize(
