@@ -216,11 +216,12 @@ def test_statistics_that_overflow_in_the_dtype_of_the_layer_name_it():
     assert_finite(state)
 
 
-def test_averages_take_no_memory_beside_the_state():
+@pytest.mark.parametrize("damping", [tkfac.normal_damping, tkfac.factored_damping])
+def test_averages_take_no_memory_beside_the_state(damping):
     """A program that is given statistics writes the averages where the old ones were."""
     layers = layers_of((600, 2), "float32")
     params = params_of((600, 2), jnp.float32)
-    optimizer = tkfac.scale_by_tkfac(layers)
+    optimizer = tkfac.scale_by_tkfac(layers, damping=damping(0.1))
     state = optimizer.init(params)
     statistics = {".": tkfac.LayerStatistics(*state.factors["."])}
 

@@ -201,7 +201,7 @@ def _filled(matrices: Float[Array, "n size size"], size: int) -> Float[Array, "n
     own = matrices.shape[-1]
     if own == size:
         return matrices
-    mean = jnp.trace(matrices, axis1=-2, axis2=-1) / own
+    mean = jnp.diagonal(matrices, axis1=-2, axis2=-1).sum(-1) / own
     rest = mean[:, None] * (jnp.arange(size) >= own)
     wider = jnp.pad(matrices, ((0, 0), (0, size - own), (0, size - own)))
     return wider + rest[:, :, None] * jnp.eye(size, dtype=matrices.dtype)

@@ -135,7 +135,7 @@ def trace(structure: Structure, factor: Array) -> Float[Array, "*batch"]:
     """The trace of a factor."""
     if structure.kind == "diagonal":
         return factor.sum(-1)
-    traces = jnp.trace(factor, axis1=-2, axis2=-1)
+    traces = jnp.diagonal(factor, axis1=-2, axis2=-1).sum(-1)
     return traces if structure.kind == "full" else traces.sum(-1)
 
 
