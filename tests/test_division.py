@@ -111,5 +111,5 @@ def test_each_device_is_given_its_share_only(how):
     )
     # Nine of size 6 and three of size 3 are three rounds of four devices; two of size 3 are left.
     assert set(shapes) == {(3, 6, 6), (1, 3, 3)}
-    for size, (matrices, _) in received.items():
-        np.testing.assert_array_equal(matrices, jnp.concatenate(groups[size]))
+    for size, (stack, _) in received.items():
+        np.testing.assert_array_equal(stack, jnp.concatenate(groups[size]))
