@@ -200,9 +200,7 @@ def invert_factors(
             size: [factor.reshape(-1, size, size) for _, _, factor in members]
             for size, members in by_size.items()
         }
-        results = map_matrices(
-            lambda stack: _invert_with_retries(stack, inverse), stacks, devices
-        )
+        results = map_matrices(lambda stack: _invert_with_retries(stack, inverse), stacks, devices)
         for size, members in by_size.items():
             start = 0
             for (name, which, factor), own in zip(members, stacks[size], strict=True):
