@@ -163,6 +163,7 @@ def _taken(parts: Sequence[Array], piece: Piece) -> list[Array]:
 
 
 def _joined(parts: Sequence[Array]) -> Array:
+    """The parts, one after the other; a single one is not copied."""
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
