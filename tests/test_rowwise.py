@@ -105,15 +105,15 @@ def problem(batch=BATCH, model=None, shape=(INPUTS,)):
 def chosen(monkeypatch):
     """The names of the layers whose steps are made from rows, as they are chosen."""
     names = []
-    original = rowwise.RowStep.stands_for
+    original = rowwise.LayerRows.stand_for
 
-    def noted(step, gradient, inverses, gradient_is_used):
-        found = original(step, gradient, inverses, gradient_is_used)
+    def noted(rows, gradient, inverses, gradient_is_used):
+        found = original(rows, gradient, inverses, gradient_is_used)
         if found:
-            names.append(step.step[0].shape)
+            names.append(rows.gradient[0].shape)
         return found
 
-    monkeypatch.setattr(rowwise.RowStep, "stands_for", noted)
+    monkeypatch.setattr(rowwise.LayerRows, "stand_for", noted)
     return names
 
 
@@ -217,9 +217,9 @@ def test_training_steps_are_those_without_rows(kind, estimator, monkeypatch):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
     )
-    # In the plain program, and in that of new statistics, whose first half looks what the other one will need; new
-    # inverses replace those of the rows.
-    times = 2 if kind == "adaptive" else 3
+    # In the plain program, and in those of new statistics and new inverses, whose first halves look what the other
+    # ones will need.
+    times = 3 if kind == "adaptive" else 5
     assert len(names) == times * FROM_ROWS[kind]
 
 
@@ -251,9 +251,11 @@ def operations(program, *args):
     return program.lower(*args).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("interval", [1, 2], ids=["new statistics", "plain"])
+@pytest.mark.parametrize(
+    "intervals", [(1, 1), (1, 2), (2, 2)], ids=["new inverses", "new statistics", "plain"]
+)
 @pytest.mark.parametrize(("batch", "saves"), [(8, True), (512, False)])
-def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, interval, monkeypatch):
+def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, intervals, monkeypatch):
     """Counted by XLA; with a large batch the programs are the same with rows as without."""
     width = 64
     model = nn.Dense(width, use_bias=False, dtype=jnp.float32)
@@ -283,14 +285,17 @@ def test_the_gradient_is_not_computed_where_nobody_wants_it(batch, saves, interv
             tkfac.Normal(),
             optimizer,
             layers=layers,
-            fisher_interval=interval,
-            inverse_interval=2,
+            fisher_interval=intervals[0],
+            inverse_interval=intervals[1],
             estimator="empirical",
         )
-        args = fresh(step(*fresh((params, state)), x, targets=x)[:2])
+        args = fresh((params, state))
         with monkeypatch.context() as patched:
             patched.setattr("tkfac_jax.training.jax.jit", noted)
-            step(*args, x, targets=x)
+            # The second step, unless it is of the kind of the first.
+            for _ in range(1 if intervals == (1, 1) else 2):
+                counts[-1] = 0
+                args = fresh(step(*args, x, targets=x)[:2])
     with_rows, without = counts
     products = 2 * (2 * width**3)
     if saves:
@@ -315,7 +320,7 @@ def assert_same_with_and_without(
     batches=None,
     **data,
 ):
-    """Three steps with rows and without, all but the first with old inverses; and how many layers use their rows."""
+    """Three steps with rows and without, the first with new inverses; and how many layers use their rows."""
     layers = layers or tkfac.find_layers(predict, params, x)
     optimizer = (make or OPTIMIZERS["plain"])(layers)
     names, ends = chosen(monkeypatch), []
@@ -334,7 +339,8 @@ def assert_same_with_and_without(
         for inputs in batches or [x] * 3:
             received = step(*received, inputs, targets=y, **data)[:2]
         ends.append(received)
-    assert len(names) == from_rows
+    # In both halves of the first step, and in the others, which are one program.
+    assert len(names) == 3 * from_rows
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
     moved = jax.tree.map(lambda end, start: bool(jnp.any(end != start)), ends[0][0], params)
     assert all(jax.tree.leaves(moved))
@@ -353,28 +359,68 @@ def test_a_model_of_one_example_that_is_mapped(jitted, monkeypatch):
     assert_same_with_and_without(monkeypatch, mapped, params, x, y, from_rows=0)
 
 
-def test_layers_that_a_scan_repeats(monkeypatch):
-    """What each repetition leaves adds up."""
+def repeated(x, call):
+    return jax.lax.scan(lambda x, _: (call(x), None), x, None, length=3)[0]
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        repeated,
+        lambda x, call: repeated(call(x), call),
+        lambda x, call: jax.lax.cond(x[0, 0] > -10, call, jnp.zeros_like, x),
+        lambda x, call: jax.checkpoint(call)(x),
+        lambda x, call: jax.jit(call)(jax.jit(call)(x)),
+    ],
+    ids=["scan", "directly and in a scan", "cond", "checkpoint", "jit"],
+)
+def test_layers_whose_calls_are_in_another_function(inside, monkeypatch):
+    """Functions that close over the parameters: how often they are run is not looked after."""
     model = nn.Dense(INPUTS, dtype=jnp.float64, param_dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(1), (2, INPUTS), jnp.float64)
     params = model.init(jax.random.key(0), x)["params"]
-
-    def predict(params, x):
-        def body(x, _):
-            return nn.tanh(model.apply({"params": params}, x)), None
-
-        return jax.lax.scan(body, x, None, length=3)[0]
-
+    predict = lambda params, x: inside(x, lambda x: nn.tanh(model.apply({"params": params}, x)))  # noqa: E731
     assert_same_with_and_without(
-        monkeypatch, predict, params, x, jnp.ones_like(x), from_rows=1, likelihood=tkfac.Normal()
+        monkeypatch, predict, params, x, jnp.ones_like(x), from_rows=0, likelihood=tkfac.Normal()
     )
 
 
-def test_layers_that_are_computed_again(monkeypatch):
-    """A checkpoint that closes over the parameters."""
+def test_one_of_the_layers_is_called_in_another_function(monkeypatch):
+    """The rows of the others are taken all the same."""
     predict, params, x, y, _ = problem()
-    again = lambda params, x: jax.checkpoint(lambda x: predict(params, x))(x)  # noqa: E731
-    assert_same_with_and_without(monkeypatch, again, params, x, y, from_rows=FROM_ROWS["plain"])
+
+    def more(params, x):
+        again = lambda y: nn.Dense(CLASSES).apply({"params": params["again"]}, y)  # noqa: E731
+        return jax.checkpoint(again)(predict(params["net"], x))
+
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(CLASSES, CLASSES)))
+    params = {"net": params, "again": {"kernel": kernel, "bias": jnp.ones(CLASSES)}}
+    assert_same_with_and_without(monkeypatch, more, params, x, y, from_rows=FROM_ROWS["plain"])
+
+
+def test_new_inverses_of_a_share_of_the_layers(monkeypatch):
+    predict, params, x, y, layers = problem()
+    optimizer, ends = tkfac.tkfac(0.05, layers, damping=0.1), []
+    names = chosen(monkeypatch)
+    for rows in (True, False):
+        step = tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            optimizer,
+            layers=layers,
+            fisher_interval=1,
+            inverse_interval=4,
+            estimator="empirical",
+            spread_inverses=True,
+            steps_from_rows=rows,
+        )
+        received = fresh((params, jax.jit(optimizer.init)(params)))
+        for _ in range(5):
+            received = step(*received, x, targets=y)[:2]
+        ends.append(received)
+    # All inverses at first, then one share after the other: two programs of two halves, and three if a step has none.
+    assert len(names) >= 4 * FROM_ROWS["plain"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
 
 
 def test_a_derivative_inside_the_model(monkeypatch):
@@ -540,7 +586,7 @@ def test_a_kernel_that_serves_for_something_else_makes_its_step_from_the_gradien
     )
     # A second call of the last layer costs more than its rows save.
     fewer = {"outputs": 1, "own input": 1, "input of another": 2, "aux": 0}[how]
-    assert len(names) == FROM_ROWS["plain"] - fewer
+    assert len(names) == 3 * (FROM_ROWS["plain"] - fewer)
 
 
 def test_under_pmap_steps_are_averaged(monkeypatch):
@@ -569,7 +615,7 @@ def test_under_pmap_steps_are_averaged(monkeypatch):
             *received, x.reshape(devices, -1, INPUTS), targets=y.reshape(devices, -1)
         )[:2]
     # Without the axis, steps with new statistics are made in two halves, the first of which looks at the other.
-    assert len(names) == (3 + 2) * FROM_ROWS["plain"]
+    assert len(names) == (5 + 3) * FROM_ROWS["plain"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8, atol=1e-10), received, expected
     )

@@ -14,7 +14,7 @@ from tkfac_jax.estimators import Batch
 from tkfac_jax.layers import replace_leaves, visible_leaves
 from tkfac_jax.objective import Objective
 from tkfac_jax.quadratic import Quadratic
-from tkfac_jax.rowwise import RowStep
+from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.schedule import Interval, Intervals, Missing, renew
 
 # A ratio of actual to predicted change within these bounds leaves the damping as it is.
@@ -148,7 +148,7 @@ class Adaptive(NamedTuple):
         position_mask: Any = None,
         example_weights: Any = None,
         axis_name: Any = None,
-        row_steps: Mapping[str, RowStep] = {},
+        layer_rows: Mapping[str, LayerRows] = {},
         **extra_args: Any,
     ) -> tuple[Any, AdaptiveState]:
         """Makes one step; see `adaptive_tkfac`. An `axis_name` stands in for that of the optimizer, if it has none."""
@@ -170,7 +170,7 @@ class Adaptive(NamedTuple):
         )
         others, fallback = self.fallback.update(updates, state.fallback, params, **extra_args)
         gradient = objective.gradient(updates, params)
-        start = _Start(params, gradient, others, bool(layers.fallback), row_steps)
+        start = _Start(params, gradient, others, bool(layers.fallback), layer_rows)
         warming = state.warmup_left > 0 if self._may_warm() else None
         state = self._renew(objective, state, start, statistics, refresh_inverses, warming)
         proposal = self._propose(objective, state, start)
@@ -273,7 +273,7 @@ class Adaptive(NamedTuple):
         """The step of the layers, of the lengths at which the model is smallest where they are not given."""
         active = self.curvature.active(start.gradient, state.curvature)
         steps, counted = self.curvature.precondition(
-            start.gradient, state.curvature, active, start.row_steps, gradient_is_used=True
+            start.gradient, state.curvature, active, start.layer_rows, gradient_is_used=True
         )
         names = self.curvature.layers.parameters
         natural = {n: leaf for n, leaf in visible_leaves(steps).items() if n in names}
@@ -362,7 +362,7 @@ class _Start(NamedTuple):
     gradient: Any
     others: Any
     has_others: bool
-    row_steps: Mapping[str, RowStep]
+    layer_rows: Mapping[str, LayerRows]
 
 
 class _Proposal(NamedTuple):

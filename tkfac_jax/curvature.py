@@ -26,7 +26,7 @@ from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
 from tkfac_jax.precondition import precondition
-from tkfac_jax.rowwise import RowStep
+from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.storage import Storage, inverses_in_shape
 from tkfac_jax.structures import identity
 from tkfac_jax.tagged import Statistics, check_statistics
@@ -304,7 +304,7 @@ class Curvature(NamedTuple):
         updates: Any,
         state: TkfacState,
         active: Mapping[str, LayerSpec],
-        row_steps: Mapping[str, RowStep] = {},
+        layer_rows: Mapping[str, LayerRows] = {},
         *,
         gradient_is_used: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
@@ -314,7 +314,7 @@ class Curvature(NamedTuple):
           updates: the gradients.
           state: the state.
           active: its layers.
-          row_steps: see `precondition.precondition`.
+          layer_rows: see `precondition.precondition`.
           gradient_is_used: likewise.
 
         Returns:
@@ -325,7 +325,7 @@ class Curvature(NamedTuple):
             state.inverses,
             active,
             self.norm_constraint,
-            row_steps,
+            layer_rows,
             gradient_is_used=gradient_is_used,
         )
         bad = {name: ~flag for name, flag in good.items()}

@@ -1,4 +1,4 @@
-"""Whether a layer is applied to the examples, each for itself; and whether its kernel serves for something else.
+"""How a function applies its layers: to the examples, each for itself; directly; and whether kernels serve for more.
 
 Statistics are means over examples, and need the derivative of each example's own loss. A layer that is
 applied once for all of them (positions that are looked up without an axis of examples, say) receives the
@@ -9,13 +9,18 @@ shows neither is applied once for all.
 
 Nor do statistics see a layer whose output the function itself differentiates, as in the residual of a differential
 equation: the derivatives that are pulled back pass by on other ways.
+
+The rows of a batch are those of a layer only where each of its calls is seen and happens once, and where its kernel
+serves for nothing else.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
@@ -25,6 +30,11 @@ from tkfac_jax.routes import Routes, split_arrays
 
 # A number of copies, and of examples, that no axis of a model's own has. Nothing is computed.
 MANY = 1_000_003
+
+# Marks the outputs of calls in a traced function, and nothing else.
+MARK = "tkfac/direct/"
+
+Noted = TypeVar("Noted")
 
 SHARED = (
     "it is applied once for all examples, so that their derivatives cannot be told apart: give its input an axis of "
@@ -179,6 +189,64 @@ def used_elsewhere(
     if not specs or not is_used(specs):
         return frozenset()
     return frozenset(spec.name for spec in specs if len(specs) == 1 or is_used([spec]))
+
+
+def direct_calls(
+    fun: Callable[[Any], Any],
+    params: Any,
+    specs: Sequence[LayerSpec],
+    note: Callable[[LayerSpec, LayerCall], Noted | None],
+) -> dict[str, list[Noted]]:
+    """The layers all of whose calls the function makes itself, once each: in no loop, branch or transformed function.
+
+    The function is traced, abstractly, and its own operations are looked through for the outputs of the calls.
+
+    Args:
+      fun: a function of the parameters.
+      params: the parameters.
+      specs: the layers; none is routed.
+      note: what is to be known of a call; None leaves the layer out.
+
+    Returns:
+      By name of a layer, what was noted of its calls, in their order.
+    """
+    spec_of = {spec.kernel: spec for spec in specs}
+    noted: dict[str, list[Noted]] = {}
+    left_out: set[str] = set()
+    marked: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def watched(params: Any) -> Any:
+        routes = Routes.through(params, {})
+
+        def observe(call: Call) -> Any:
+            layer = call.layer
+            if not isinstance(layer, LayerCall):
+                return None
+            match, _ = routes.match_layer(call, layer)
+            if match is None or match.name not in spec_of:
+                return layer.output
+            spec = spec_of[match.name]
+            found = note(spec, layer)
+            if found is None:
+                left_out.add(spec.name)
+                return layer.output
+            noted.setdefault(spec.name, []).append(found)
+            mark = f"{MARK}{len(marked)}"
+            marked[mark] = spec.name, layer.output.shape
+            # The pull-back of a derivative inside is not that of the function.
+            return checkpoint_name(_note_derivatives(spec.name, left_out)(layer.output), mark)
+
+        with observing(observe):
+            return fun(routes.params)
+
+    # A call that is mapped has an axis more in the function's own operations.
+    places = Counter(
+        (operation.params.get("name"), operation.outvars[0].aval.shape)
+        for operation in jax.make_jaxpr(watched)(params).eqns
+        if operation.outvars
+    )
+    left_out |= {name for mark, (name, shape) in marked.items() if places[mark, shape] != 1}
+    return {name: found for name, found in noted.items() if name not in left_out}
 
 
 def is_independent(fun: Callable[[Any], Any], arrays: Any) -> bool:

@@ -1,13 +1,12 @@
-"""Loss, gradient, statistics of all layers, and steps from the rows of a batch, from one forward pass."""
+"""Loss, gradient, statistics of all layers, and the rows of a batch, from one forward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
 
 from tkfac_jax.capture import Options, Rule, trace_restricted
-from tkfac_jax.dependence import used_elsewhere
 from tkfac_jax.estimators import (
     Batch,
     Estimate,
@@ -17,11 +16,10 @@ from tkfac_jax.estimators import (
     nll_of,
     sampled_estimate,
 )
-from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers
 from tkfac_jax.meshes import mean_over, vary, varying_axes
-from tkfac_jax.rowwise import RowStep, RowSteps
+from tkfac_jax.rowwise import KeptRows, LayerRows
 from tkfac_jax.statistics import (
     HIGHEST,
     MISSING_KEY,
@@ -112,14 +110,14 @@ class Gradients(NamedTuple):
       predicted: what `predict` returned.
       gradient: of the loss.
       statistics: of the layers, or None.
-      row_steps: by layer, the step made from the rows of the batch, where that may be cheaper.
+      rows: by layer, the rows of the batch, where a step from them may be cheaper.
     """
 
     loss: Float[Array, ""]
     predicted: Any
     gradient: Any
     statistics: Statistics | None
-    row_steps: dict[str, RowStep]
+    rows: dict[str, LayerRows]
 
 
 def gradients_with_fisher(
@@ -148,8 +146,7 @@ def gradients_with_fisher(
       average: loss and gradient are averaged over it, too.
 
     Returns:
-      `f(params, *args, targets, key, position_mask, example_weights, inverses=None, **kwargs)`. With the inverses of
-      an optimizer's state it makes steps from rows.
+      `f(params, *args, targets, key, position_mask, example_weights, keep_rows=False, **kwargs)`.
     """
     check_num_samples(num_samples)
     model = TaggedModel.build(predict, layers, options, has_aux)
@@ -172,39 +169,35 @@ def gradients_with_fisher(
         key: Any = None,
         position_mask: Any = None,
         example_weights: Any = None,
-        inverses: Mapping[str, KroneckerInverses] | None = None,
+        keep_rows: bool = False,
         **kwargs: Any,
     ) -> Gradients:
         batch = Batch(position_mask, example_weights)
         estimate = None if estimator is None else estimate_on(batch, targets, key)
         axes = varying_axes((params, args, kwargs, batch, targets))
-        rows = RowSteps(layers, {} if inverses is None else inverses, params)
+        rows = None
+        if keep_rows:
+            rows = KeptRows(layers, lambda params: model.outputs(params, args, kwargs), params)
         wanted = Wanted(
             vary(params, axes),
             None if estimate is None else model.zero_slots(axes),
-            rows.zero_slots(axes),
+            None if rows is None else rows.zero_slots(axes),
         )
         outputs, pull_back, aux = model.linearize(wanted, params, batch, args, kwargs, rows)
-        rows.pulls_back()
         loss, derivative = jax.value_and_grad(
             lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
         )(outputs)
         pulled = pull_back(derivative)
-        gradient, steps = pulled.gradient, pulled.steps
+        gradient = pulled.gradient
         statistics = None
         if estimate is not None:
             summed = estimate(outputs, lambda cotangent: pull_back(cotangent).statistics)
             statistics = mean_over(summed, axis_name)
         if average and axis_name is not None:
-            loss, gradient, steps = jax.lax.pmean((loss, gradient, steps), axis_name)
-        found = rows.steps(gradient, steps)
-        # What else a kernel does for the outputs is in its gradient, and in no rows.
-        others = used_elsewhere(
-            lambda params: model.outputs(params, args, kwargs), params, [layers[n] for n in found]
-        )
-        row_steps = {name: step for name, step in found.items() if name not in others}
+            loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
+        kept = {} if rows is None else rows.of_layers(gradient, pulled.rows, axis_name)
         predicted = (outputs, aux) if has_aux else outputs
-        return Gradients(loss, predicted, gradient, statistics, row_steps)
+        return Gradients(loss, predicted, gradient, statistics, kept)
 
     return gradients_of
 

@@ -14,7 +14,7 @@ from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.matrices import Layout
 from tkfac_jax.meshes import automatic, specs_of
-from tkfac_jax.rowwise import RowStep
+from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
 
@@ -86,7 +86,7 @@ def precondition(
     inverses: Mapping[str, KroneckerInverses],
     layers: Mapping[str, LayerSpec],
     norm_constraint: float | Array | None = None,
-    row_steps: Mapping[str, RowStep] = {},
+    layer_rows: Mapping[str, LayerRows] = {},
     *,
     gradient_is_used: bool = False,
 ) -> tuple[Any, dict[str, Bool[Array, ""]]]:
@@ -98,7 +98,8 @@ def precondition(
       layers: the layers.
       norm_constraint: bound `c` on the product of step and gradient, `u <- u min(1, sqrt(c / <u, g>))`, taken
         over all layers; in units of the loss. None: no bound.
-      row_steps: by layer, steps that the rows of the batch gave; taken where they are what is asked for and cheaper.
+      layer_rows: by layer, the rows of the batch; used where they stand for the gradient and a step from them is
+        cheaper.
       gradient_is_used: whether the gradients serve for something else, too.
 
     Returns:
@@ -111,10 +112,12 @@ def precondition(
         spec = layers[name]
         bias = None if spec.bias is None else leaves[spec.bias]
         given = leaves[spec.kernel], bias
-        from_rows = row_steps.get(name)
+        rows = layer_rows.get(name)
         used = gradient_is_used or norm_constraint is not None
-        if from_rows is not None and from_rows.stands_for(given, inverse, used):
-            step = from_rows.step
+        if rows is not None and rows.stand_for(given, inverse, used):
+            step = jax.tree.map(
+                lambda part, own: part.astype(own.dtype), rows.step(spec, inverse), given
+            )
             # What else the gradient serves for bears no overflow in its own dtype.
             finite = all_finite((step, given if used else None))
             kernel_step, bias_step = jax.tree.map(

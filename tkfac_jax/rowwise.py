@@ -2,24 +2,25 @@
 
 The gradient of a dense layer is a sum of products of input rows `a` and gradient rows `g`. A batch that has fewer
 rows than the layer has inputs or outputs is cheaper to multiply by an inverse than that sum is. So
-the backward pass multiplies the rows (`RowSteps.tagger`), beside giving the gradient; the optimizer takes the step
-that comes out where the gradient and the inverses that it has at hand are the very ones that went in
-(`RowStep.stands_for`), and the compiler drops whatever is not used then: the gradient's product, or the step.
+the backward pass keeps the rows (`KeptRows.tagger`), beside giving the gradient; the optimizer multiplies them by its
+inverses where the gradient at hand is the very one that they stand for (`LayerRows.stand_for`), and the compiler drops
+whatever is not used then: the gradient's product, or the rows.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from tkfac_jax.calls import LayerCall
 from tkfac_jax.capture import Tagger, attach
+from tkfac_jax.dependence import direct_calls, used_elsewhere
 from tkfac_jax.inverses import KroneckerInverses
-from tkfac_jax.layers import Layers, LayerSpec, named_leaves
+from tkfac_jax.layers import Layers, LayerSpec, named_leaves, visible_layers
 from tkfac_jax.matrices import Contraction
 from tkfac_jax.meshes import is_explicit, vary
 from tkfac_jax.storage import inverses_in_shape
@@ -29,157 +30,132 @@ SMALLEST_SAVING = 2**22
 
 
 KernelAndBias = tuple[Array, Array | None]
+# The input rows and the gradient rows of a call, `(rows, d_in)` and `(rows, d_out)`, or their shapes.
+Rows = tuple[Any, Any]
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """Multiplications, which a compiled program takes as given.
+class Fixed:
+    """What a compiled program takes as given.
 
     Attributes:
-      saving: those that a step from rows saves over preconditioning the gradient, if nobody else wants the gradient.
+      saving: multiplications that a step from rows saves over preconditioning the gradient, if nobody else wants the
+        gradient.
       product: those of the gradient's own product.
+      axis_name: mapped axis over which gradients are averaged, and so steps.
     """
 
     saving: int
     product: int
+    axis_name: str | None
 
 
-class RowStep(NamedTuple):
-    """The step of one layer, made from rows.
+class LayerRows(NamedTuple):
+    """The rows of a batch in one layer.
 
     Attributes:
-      gradient: the gradients of kernel and bias that it stands for, the very arrays; None on the way from one program
+      gradient: the gradients of kernel and bias that they stand for, the very arrays; None on the way from one program
         to another.
-      inverses: the inverses that the rows were multiplied by, likewise.
-      step: the preconditioned gradients of kernel and bias.
-      cost: what it saves.
+      calls: the rows of each call of the layer.
+      fixed: what a step from them saves, and how it is averaged.
     """
 
     gradient: KernelAndBias | None
-    inverses: KroneckerInverses | None
-    step: KernelAndBias
-    cost: Cost
+    calls: list[Rows]
+    fixed: Fixed
 
-    def stands_for(
-        self,
-        gradient: KernelAndBias,
-        inverses: KroneckerInverses,
-        gradient_is_used: bool,
+    def stand_for(
+        self, gradient: KernelAndBias, inverses: KroneckerInverses, gradient_is_used: bool
     ) -> bool:
-        """Whether this is what preconditioning a gradient would give, at fewer operations."""
-        if self.gradient is None or self.inverses is None:
+        """Whether a step from them is what preconditioning a gradient would give, at fewer operations."""
+        if self.gradient is None or is_explicit(inverses):
             return False
-        same = all(
-            one is other
-            for one, other in zip(
-                (*self.gradient, *self.inverses), (*gradient, *inverses), strict=True
-            )
-        )
-        saving = self.cost.saving - (self.cost.product if gradient_is_used else 0)
+        same = all(one is other for one, other in zip(self.gradient, gradient, strict=True))
+        saving = self.fixed.saving - (self.fixed.product if gradient_is_used else 0)
         return same and saving >= SMALLEST_SAVING
 
+    def step(self, spec: LayerSpec, inverses: KroneckerInverses) -> KernelAndBias:
+        """The preconditioned gradients of kernel and bias."""
+        steps = [precondition_rows(spec, inverses, *rows) for rows in self.calls]
+        kernel, bias = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *steps)
+        if self.fixed.axis_name is not None:
+            kernel, bias = jax.lax.pmean((kernel, bias), self.fixed.axis_name)
+        return kernel, bias
 
-class RowSteps:
-    """Gathers steps from the rows of one pull-back.
 
-    Attributes:
-      layers: the layers.
-      inverses: by layer, the inverses of those layers that may gain by it.
-    """
+class KeptRows:
+    """Keeps the rows of one pull-back."""
 
-    def __init__(self, layers: Layers, inverses: Mapping[str, KroneckerInverses], params: Any):
-        """Takes the inverses as they stand in the optimizer's state, and the parameters."""
+    def __init__(self, layers: Layers, outputs: Callable[[Any], Any], params: Any):
+        """Looks which layers may gain by it.
+
+        Args:
+          layers: the layers.
+          outputs: the outputs as a function of the parameters.
+          params: the parameters.
+        """
         self.layers = layers
-        self.inverses = {
-            name: inverse
-            for name, inverse in inverses.items()
-            if name in layers and _may_gain(layers[name]) and not is_explicit((inverse, params))
-        }
-        self._rows: dict[str, list[int]] = {}
-        self._left_out: set[str] = set()
-        self._pulls_back = False
+        visible = [layers[name] for name in visible_layers(layers, params, "params")]
+        able = [spec for spec in visible if _may_gain(spec)]
+        self._shapes: dict[str, list[Rows]] = {}
+        if not able or is_explicit(params):
+            return
+        calls = direct_calls(outputs, params, able, _shapes_of_rows)
+        gaining = [
+            spec
+            for spec in able
+            if spec.name in calls and _saving(spec, calls[spec.name]) >= SMALLEST_SAVING
+        ]
+        # What else a kernel does for the outputs is in its gradient, and in no rows.
+        others = used_elsewhere(outputs, params, gaining)
+        self._shapes = {spec.name: calls[spec.name] for spec in gaining if spec.name not in others}
 
-    def zero_slots(self, axes: frozenset[str]) -> dict[str, KernelAndBias]:
-        """By layer, where its step goes; the slots vary over some mesh axes."""
-        return vary({name: _zeros(self.layers[name]) for name in self.inverses}, axes)
+    def zero_slots(self, axes: frozenset[str]) -> dict[str, list[Rows]]:
+        """By layer, where the rows of its calls go; the slots vary over some mesh axes."""
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self._shapes)
+        return vary(zeros, axes)
 
-    def tagger(self, slots: Mapping[str, KernelAndBias]) -> Tagger:
-        """Tags those calls of layers for which rows may be cheaper."""
+    def tagger(self, slots: Mapping[str, list[Rows]]) -> Tagger:
+        """Tags the calls whose rows are kept."""
+        numbers = Counter()
 
         def tag_output(spec: LayerSpec, layer: LayerCall, entry: Any, output: Array) -> Array:
             del entry
-            if spec.name not in self.inverses:
+            if spec.name not in slots:
                 return output
-            form, rows = layer.form, output.size // spec.d_out
-            few = isinstance(form, Contraction) and rows < max(spec.d_in, spec.d_out)
-            if not (layer.exact and few):
-                self._left_out.add(spec.name)
-                return output
-            self._rows.setdefault(spec.name, []).append(rows)
+            form: Any = layer.form
+            number = numbers[spec.name]
+            numbers[spec.name] += 1
+            input_shape, gradient_shape = self._shapes[spec.name][number]
 
-            def step_of(
-                inputs: Array, gradients: Array, inverses: KroneckerInverses
-            ) -> KernelAndBias:
-                if self._pulls_back:
-                    gradients = self._noted_if_mapped(spec.name, gradients)
-                else:
-                    # A derivative inside the model: the rows of the loss do not come by here.
-                    self._left_out.add(spec.name)
-                matrices: Any = form.rows(inputs, gradients)
-                flat = (matrix.reshape(-1, matrix.shape[-1]) for matrix in matrices)
-                return precondition_rows(spec, inverses, *flat)
+            def rows(inputs: Array, gradients: Array, given: None) -> Rows:
+                del given
+                inputs, gradients = _rows(form, inputs, gradients)
+                return inputs.astype(input_shape.dtype), gradients.astype(gradient_shape.dtype)
 
-            return attach(output, layer, self.inverses[spec.name], slots[spec.name], step_of)
+            return attach(output, layer, None, slots[spec.name][number], rows)
 
         return tag_output
 
-    def pulls_back(self) -> None:
-        """From now on, what is pulled back is the loss."""
-        self._pulls_back = True
-
-    def _noted_if_mapped(self, name: str, gradients: Array) -> Array:
-        """The gradients; leaves a layer out whose call `jax.vmap` maps, so that each example would make a step."""
-
-        @custom_vmap
-        def same(gradients: Array) -> Array:
-            return gradients
-
-        @same.def_vmap
-        def rule(size: int, is_mapped: list[bool], gradients: Array) -> tuple[Array, bool]:
-            del size
-            self._left_out.add(name)
-            return gradients, is_mapped[0]
-
-        return same(gradients)
-
-    def steps(self, gradient: Any, pulled_back: Mapping[str, KernelAndBias]) -> dict[str, RowStep]:
-        """By layer, what the slots have received, where that saves enough.
+    def of_layers(
+        self, gradient: Any, pulled_back: Mapping[str, list[Rows]], axis_name: str | None
+    ) -> dict[str, LayerRows]:
+        """By layer, the rows that the slots have received.
 
         Args:
           gradient: the tree of gradients of the same pull-back.
           pulled_back: by layer, what has come back for the slots.
+          axis_name: mapped axis over which the gradients are averaged.
         """
         leaves = named_leaves(gradient)
         found = {}
-        for name, rows in self._rows.items():
+        for name, calls in pulled_back.items():
             spec = self.layers[name]
-            saving = spec.d_in * spec.d_out * (spec.d_in + spec.d_out)
-            saving -= sum(_multiplications(spec, number) for number in rows)
-            # Left out is also a layer one of whose calls was.
-            if name in self._left_out or saving < SMALLEST_SAVING:
-                continue
-            kernel, bias = leaves[spec.kernel], None if spec.bias is None else leaves[spec.bias]
-            step, bias_step = pulled_back[name]
-            found[name] = RowStep(
-                (kernel, bias),
-                self.inverses[name],
-                (
-                    step.astype(kernel.dtype),
-                    None if bias is None or bias_step is None else bias_step.astype(bias.dtype),
-                ),
-                Cost(saving, spec.d_in * spec.d_out * sum(rows)),
-            )
+            number = sum(len(inputs) for inputs, _ in calls)
+            fixed = Fixed(_saving(spec, calls), spec.d_in * spec.d_out * number, axis_name)
+            bias = None if spec.bias is None else leaves[spec.bias]
+            found[name] = LayerRows((leaves[spec.kernel], bias), calls, fixed)
         return found
 
 
@@ -262,6 +238,30 @@ def _may_gain(spec: LayerSpec) -> bool:
     )
 
 
-def _zeros(spec: LayerSpec) -> KernelAndBias:
-    bias = None if spec.bias_shape is None else jnp.zeros(spec.bias_shape, spec.dtype)
-    return jnp.zeros(spec.kernel_shape, spec.dtype), bias
+def _rows(form: Contraction, inputs: Array, gradients: Array) -> Rows:
+    """The rows of a call, as two matrices."""
+    one, other = form.rows(inputs, gradients)
+    return one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1])
+
+
+def _shapes_of_rows(spec: LayerSpec, layer: LayerCall) -> Rows | None:
+    """The shapes of a call's rows; None if they are not known, or too many."""
+    if not (layer.exact and isinstance(layer.form, Contraction)):
+        return None
+    if layer.output.size // spec.d_out >= max(spec.d_in, spec.d_out):
+        return None
+    inputs: Any = layer.inputs
+    inputs = inputs() if callable(inputs) else inputs
+
+    def shape_of(matrix: Array) -> jax.ShapeDtypeStruct:
+        is_float = jnp.issubdtype(matrix.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(matrix.shape, matrix.dtype if is_float else spec.dtype)
+
+    one, other = _rows(layer.form, inputs, layer.output)
+    return shape_of(one), shape_of(other)
+
+
+def _saving(spec: LayerSpec, calls: list[Rows]) -> int:
+    """Multiplications that steps from the rows of calls save."""
+    whole = spec.d_in * spec.d_out * (spec.d_in + spec.d_out)
+    return whole - sum(_multiplications(spec, inputs.shape[0]) for inputs, _ in calls)

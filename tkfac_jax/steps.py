@@ -20,7 +20,7 @@ from tkfac_jax.dependence import is_independent
 from tkfac_jax.estimators import Batch, Estimator, first_examples
 from tkfac_jax.gradients import Gradients, gradients_with_fisher
 from tkfac_jax.layers import Layers, named_leaves, replace_leaves
-from tkfac_jax.rowwise import RowStep
+from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.schedule import share_at
 from tkfac_jax.statistics import HIGHEST, Likelihoods, Precision, Sharings, fisher_of
 from tkfac_jax.tagged import Statistics
@@ -169,7 +169,7 @@ class StepFunctions(NamedTuple):
         statistics: Statistics | None = None,
     ) -> tuple[Any, Any, dict[str, Any]]:
         """A whole step, for which another program may have taken the statistics."""
-        found = self._gather(kind, params, opt_state, args, data)
+        found = self._gather(kind, params, args, data)
         if kind.statistics and not self._come_together(kind):
             if statistics is None:
                 statistics = self._statistics(params, opt_state, args, data)
@@ -194,20 +194,20 @@ class StepFunctions(NamedTuple):
     def _first_half(
         self, kind: Kind, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
     ) -> Gradients:
-        """What the other half needs: no outputs, and no gradients for which steps from rows stand in."""
-        found = self._gather(kind, params, opt_state, args, data)
+        """What the other half needs: no outputs, and no gradients for which rows stand in."""
+        found = self._gather(kind, params, args, data)
         leaves = named_leaves(found.gradient)
         own = {
             leaf: leaves[leaf]
-            for name in found.row_steps
+            for name in found.rows
             for leaf in (self.layers[name].kernel, self.layers[name].bias)
             if leaf is not None
         }
 
         def other_half(own: dict[str, Any]) -> Any:
             gradient = replace_leaves(found.gradient, own)
-            steps = self._standing_for(gradient, found.row_steps)
-            changed = found._replace(gradient=gradient, row_steps=steps)
+            rows = self._standing_for(gradient, found.rows)
+            changed = found._replace(gradient=gradient, rows=rows)
             return self._update(kind, params, opt_state, args, data, changed)
 
         needless = dict.fromkeys(own) if own and is_independent(other_half, own) else {}
@@ -216,10 +216,7 @@ class StepFunctions(NamedTuple):
             (None, found.predicted[1]) if self.options.has_aux else None,
             replace_leaves(found.gradient, needless),
             found.statistics,
-            {
-                name: step._replace(gradient=None, inverses=None)
-                for name, step in found.row_steps.items()
-            },
+            {name: rows._replace(gradient=None) for name, rows in found.rows.items()},
         )
 
     def _second_half(
@@ -237,34 +234,25 @@ class StepFunctions(NamedTuple):
             params,
             given.gradient,
         )
-        inverses = find_state(opt_state).inverses
-        steps = {
-            name: step._replace(inverses=inverses[name]) for name, step in given.row_steps.items()
-        }
-        steps = self._standing_for(gradient, steps)
-        found = given._replace(gradient=gradient, row_steps=steps)
+        rows = self._standing_for(gradient, given.rows)
+        found = given._replace(gradient=gradient, rows=rows)
         return self._update(kind, params, opt_state, args, data, found)
 
-    def _standing_for(self, gradient: Any, steps: dict[str, RowStep]) -> dict[str, RowStep]:
-        """Steps from rows as those that stand for the leaves of a gradient."""
+    def _standing_for(self, gradient: Any, rows: dict[str, LayerRows]) -> dict[str, LayerRows]:
+        """Rows as those that stand for the leaves of a gradient."""
         leaves = named_leaves(gradient)
-        specs = {name: self.layers[name] for name in steps}
+        specs = {name: self.layers[name] for name in rows}
         own = {
             name: (leaves[spec.kernel], None if spec.bias is None else leaves[spec.bias])
             for name, spec in specs.items()
         }
-        return {name: step._replace(gradient=own[name]) for name, step in steps.items()}
+        return {name: kept._replace(gradient=own[name]) for name, kept in rows.items()}
 
-    def _gather(
-        self, kind: Kind, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
-    ) -> Gradients:
+    def _gather(self, kind: Kind, params: Any, args: Any, data: dict[str, Any]) -> Gradients:
         """The gradient, and the statistics if they come with it."""
-        # Inverses that this step replaces are of no use for steps from rows.
-        from_rows = self.options.steps_from_rows and kind.refresh == "none"
-        inverses = find_state(opt_state).inverses if from_rows else None
         together = self._come_together(kind)
         gradients_of = self.with_statistics if together else self.without_statistics
-        return gradients_of(params, *args, **data, inverses=inverses)
+        return gradients_of(params, *args, **data, keep_rows=self.options.steps_from_rows)
 
     def _update(
         self,
@@ -282,7 +270,7 @@ class StepFunctions(NamedTuple):
             params,
             statistics=found.statistics,
             refresh_inverses=self._which(kind.refresh, opt_state),
-            row_steps=found.row_steps,
+            layer_rows=found.rows,
             # What only adaptive_tkfac looks at.
             adapt_damping=kind.adapt_damping,
             outputs_fn=self._outputs_fn(args),

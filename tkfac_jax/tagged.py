@@ -18,7 +18,7 @@ from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimate
 from tkfac_jax.layers import Layers, visible_layers
 from tkfac_jax.meshes import mean_over, vary, varying_axes
-from tkfac_jax.rowwise import RowSteps
+from tkfac_jax.rowwise import KeptRows
 
 Statistics = dict[str, LayerStatistics]
 
@@ -73,7 +73,7 @@ class TaggedModel(NamedTuple):
         batch: Batch,
         args: Any,
         kwargs: Any,
-        row_steps: RowSteps | None = None,
+        rows: KeptRows | None = None,
     ) -> tuple[Any, Callable[[Any], "Wanted"], Any]:
         """Outputs, the map from derivatives of the outputs to what is wanted, summed over examples, and aux.
 
@@ -84,7 +84,7 @@ class TaggedModel(NamedTuple):
 
         def outputs_of(wanted: Wanted) -> tuple[Any, Any]:
             own = params if wanted.gradient is None else wanted.gradient
-            return self._call(own, wanted, batch, args, kwargs, row_steps)
+            return self._call(own, wanted, batch, args, kwargs, rows)
 
         outputs, pull_back, aux = jax.vjp(outputs_of, wanted, has_aux=True)
         return outputs, lambda cotangent: pull_back(cotangent)[0], aux
@@ -96,7 +96,7 @@ class TaggedModel(NamedTuple):
         batch: Batch,
         args: Any,
         kwargs: Any,
-        row_steps: RowSteps | None,
+        rows: KeptRows | None,
     ) -> tuple[Any, Any]:
         taggers, entries = [], {}
         if wanted.statistics is not None:
@@ -107,8 +107,8 @@ class TaggedModel(NamedTuple):
                 for name, spec in self.layers.items()
                 if spec.routed
             }
-        if row_steps is not None and wanted.steps:
-            taggers.append(row_steps.tagger(wanted.steps))
+        if rows is not None and wanted.rows:
+            taggers.append(rows.tagger(wanted.rows))
         if not taggers:
             predicted = self.predict(params, *args, **kwargs)
             return predicted if self.has_aux else (predicted, None)
@@ -130,12 +130,12 @@ class Wanted(NamedTuple):
     Attributes:
       gradient: the parameters, and then their gradient; None: not wanted.
       statistics: slots, and then the statistics; None: not wanted.
-      steps: slots of steps made from rows, and then the steps, by layer; None: not wanted.
+      rows: slots of rows, and then the rows, by layer; None: not wanted.
     """
 
     gradient: Any = None
     statistics: Statistics | None = None
-    steps: Any = None
+    rows: Any = None
 
 
 def _distinct(params: Any) -> Any:
