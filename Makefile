@@ -22,6 +22,8 @@ RELEASE_TESTS := \
   tests/test_objective.py \
   tests/test_precondition.py \
   tests/test_quadratic.py \
+  tests/test_rowwise.py::test_inverses_that_are_divided_over_a_mesh \
+  tests/test_rowwise.py::test_layers_whose_calls_are_in_another_function \
   tests/test_train_state.py
 
 # The newest Python from 3.12 on that runs, on PATH or among pyenv's. One of pyenv's shims may exist and yet not run.

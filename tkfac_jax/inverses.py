@@ -291,7 +291,7 @@ def _in_turns(
         jnp.zeros((), jnp.int32),
         jnp.zeros(number, jnp.int32),
         matrices,
-        jnp.zeros(len(matrices), bool),
+        jnp.zeros_like(matrices[:, 0, 0], bool),
     )
     start = vary(start, varying_axes(matrices))
     _, _, results, good = jax.lax.while_loop(lambda carry: carry[0] < len(matrices), attempt, start)

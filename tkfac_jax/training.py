@@ -77,8 +77,8 @@ def make_train_step(
         `lambda images: (images[:128],)`, over which the statistics are then taken: cheaper, noisier, and unbiased where
         examples come in random order. BatchNorm then normalises them by averages of their own.
       steps_from_rows: Flax's dense layers that are wider than the batch has rows make their steps from these rows, if
-        that takes fewer operations than from their gradient; the steps are the same. Not at steps with new inverses.
-        False: never, as for layers that a `jax.lax.scan` of your own repeats, whose repetitions are not seen.
+        that takes fewer operations than from their gradient; the steps are the same. Not layers that are called inside
+        a loop, a branch or another function that JAX transforms. False: never.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
       model_args: for `adaptive_tkfac`: from the arguments of `predict` to those with only the first examples of the
