@@ -18,10 +18,10 @@ of the training set. ResNet20 has 16, 32 and 64 channels as He et al. define it,
 `--width 4` gives it the 64, 128 and 256 of the code that accompanies the paper.
 
 All methods of a seed advance in turns, and runs that are stopped go on where they were when the command is given
-again. What a results file of the same experiment in the directory already holds is kept and not run again, and each
-seed is added when it is done, so that methods and seeds can be run in several sittings, side by side, and on several
-machines. Seconds are those of the training steps, for
-batches made beforehand. The official binary files are read from DIR, or downloaded there.
+again. What a results file of the same experiment in the directory already holds, trials of as many steps too, is kept
+and not run again, and each seed is added when it is done, so that methods and seeds can be run in several sittings,
+side by side, and on several machines. Seconds are those of the training steps, for batches made beforehand. The
+official binary files are read from DIR, or downloaded there.
 """
 
 import os
@@ -391,27 +391,6 @@ def main() -> None:
     if options.examples:
         title += f"-examples-{options.examples}"
 
-    seed, tuning_steps = options.seeds[0], options.tuning_epochs * epoch
-    tried = trials(options.part, options.network, tuning_steps)
-    best, tuning = choose(
-        make_problem(seed),
-        {name: tried[name] for name in options.methods},
-        tuning_steps,
-        turn,
-        seed,
-        options.out_dir / title / f"tuning-{tuning_steps}-steps-seed-{seed}"
-        if options.tune
-        else None,
-    )
-    if tuning:
-        print(tuning_table(tuning))
-    # The same settings with the schedule of the final runs.
-    final = trials(options.part, options.network, steps)
-    methods = [
-        next(method for method in final[found.name] if method.settings == found.settings)
-        for found in best
-    ]
-
     experiment = {
         "dataset": options.dataset,
         "network": options.network,
@@ -425,7 +404,31 @@ def main() -> None:
         "evaluation_examples": options.evaluation_examples,
     }
     path = options.out_dir / f"{title}.json"
-    done = {_identity(record) for record in earlier_results(path, experiment)["runs"]}
+    earlier = earlier_results(path, experiment)
+
+    seed, tuning_steps = options.seeds[0], options.tuning_epochs * epoch
+    tried = trials(options.part, options.network, tuning_steps)
+    best, tuning = choose(
+        make_problem(seed),
+        {name: tried[name] for name in options.methods},
+        tuning_steps,
+        turn,
+        seed,
+        options.out_dir / title / f"tuning-{tuning_steps}-steps-seed-{seed}"
+        if options.tune
+        else None,
+        earlier["tuning"],
+    )
+    if tuning:
+        print(tuning_table(tuning))
+    # The same settings with the schedule of the final runs.
+    final = trials(options.part, options.network, steps)
+    methods = [
+        next(method for method in final[found.name] if method.settings == found.settings)
+        for found in best
+    ]
+
+    done = {_identity(record) for record in earlier["runs"]}
     for seed in options.seeds:
         missing = [m for m in methods if (m.name, m.settings, seed) not in done]
         if missing:

@@ -309,15 +309,26 @@ def race_for(runs: Sequence[Run], seconds: float, turn: int, title: str) -> None
 
 
 def best_of(
-    problem: Problem, trials: Sequence[Method], steps: int, turn: int, seed: int, folder: Path
+    problem: Problem,
+    trials: Sequence[Method],
+    steps: int,
+    turn: int,
+    seed: int,
+    folder: Path,
+    earlier: Sequence[dict[str, Any]] = (),
 ) -> tuple[Method, list[dict[str, Any]]]:
     """Runs all trials of one method for some steps; returns the best one and what all reached.
 
-    A trial that is stopped goes on from its checkpoint, which lies in the folder until the trial is written down.
+    A trial that is stopped goes on from its checkpoint, which lies in the folder until the trial is written down. One
+    that is among earlier ones is not run again.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    known = {(record["settings"], record["steps"]): record for record in earlier}
     records = []
     for method in trials:
+        if (method.settings, steps) in known:
+            records.append(known[method.settings, steps])
+            continue
         written = folder / f"{method.slug}.json"
         if written.exists():
             records.append(json.loads(written.read_text()))
@@ -340,12 +351,14 @@ def choose(
     turn: int,
     seed: int,
     folder: Path | None,
+    earlier: Mapping[str, Sequence[dict[str, Any]]] = {},
 ) -> tuple[list[Method], dict[str, list[dict[str, Any]]]]:
     """The best trial of each method and what all trials reached; without a folder the first of each, untried."""
     if folder is None:
         return [tried[0] for tried in trials.values()], {}
     found = {
-        name: best_of(problem, tried, steps, turn, seed, folder) for name, tried in trials.items()
+        name: best_of(problem, tried, steps, turn, seed, folder, earlier.get(name, ()))
+        for name, tried in trials.items()
     }
     return [best for best, _ in found.values()], {name: tried for name, (_, tried) in found.items()}
 

@@ -1,6 +1,7 @@
 import functools
 import hashlib
 import json
+import shutil
 import sys
 import tarfile
 
@@ -390,6 +391,13 @@ def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
     left = [path.name for path in (small / "parts").rglob("tuning*/*")]
     assert len(left) == 2
     assert all(name.endswith(".json") for name in left)
+
+    # What the results file holds is enough.
+    calls.clear()
+    for folder in (small / "parts").glob("*/"):
+        shutil.rmtree(folder)
+    assert command(monkeypatch, small, small / "parts", *options)["tuning"] == whole["tuning"]
+    assert not calls
 
 
 @pytest.mark.parametrize(

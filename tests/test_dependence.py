@@ -184,3 +184,18 @@ def test_nnx_positions_without_an_axis_of_examples_are_refused():
         on_unsupported="ignore",
     )
     assert layers.fallback == {"positions/embedding": SHARED}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_function_that_prints_is_traced_in_little_time(mapped):
+    """JAX traces what prints once for each copy of what is mapped."""
+    model, x = nn.Dense(3), jnp.ones((4, 5))
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def one(params, x):
+        y = model.apply({"params": params}, x)
+        jax.debug.print("{}", y.sum())
+        return y
+
+    predict = jax.vmap(one, in_axes=(None, 0)) if mapped else one
+    assert list(tkfac.find_layers(predict, params, x)) == ["."]

@@ -385,6 +385,18 @@ def test_layers_whose_calls_are_in_another_function(inside, monkeypatch):
     )
 
 
+def test_a_model_that_prints(monkeypatch):
+    """What it prints is for the eye: rows are kept as without."""
+    predict, params, x, y, _ = problem()
+
+    def printing(params, x):
+        outputs = predict(params, x)
+        jax.debug.print("{}", outputs.sum())
+        return outputs
+
+    assert_same_with_and_without(monkeypatch, printing, params, x, y, from_rows=FROM_ROWS["plain"])
+
+
 def test_one_of_the_layers_is_called_in_another_function(monkeypatch):
     """The rows of the others are taken all the same."""
     predict, params, x, y, _ = problem()

@@ -28,8 +28,9 @@ from tkfac_jax.calls import Call, LayerCall, observing
 from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.routes import Routes, split_arrays
 
-# A number of copies, and of examples, that no axis of a model's own has. Nothing is computed.
-MANY = 1_000_003
+# A number of copies, and of examples, that no axis of a model's own has. Nothing is computed; but JAX traces a
+# `jax.debug.print` of the model once for each, so that it must not be too large.
+MANY = 1_009
 
 # Marks the outputs of calls in a traced function, and nothing else.
 MARK = "tkfac/direct/"
@@ -149,7 +150,7 @@ def used_elsewhere(
 ) -> frozenset[str]:
     """The layers whose kernel or bias reaches the outputs otherwise than through calls of the layer.
 
-    The function is traced, abstractly, with many copies of these parameters, and as if the layers' calls returned their
+    The function is traced, abstractly, with two copies of these parameters, and as if the layers' calls returned their
     inputs. Then only what does not come from the calls makes an output differ from copy to copy.
 
     Args:
@@ -239,18 +240,18 @@ def direct_calls(
         with observing(observe):
             return fun(routes.params)
 
-    # A call that is mapped has an axis more in the function's own operations.
-    places = Counter(
-        (operation.params.get("name"), operation.outvars[0].aval.shape)
-        for operation in jax.make_jaxpr(watched)(params).eqns
-        if operation.outvars
-    )
-    left_out |= {name for mark, (name, shape) in marked.items() if places[mark, shape] != 1}
+    places: Counter[str] = Counter()
+    for operation in jax.make_jaxpr(watched)(params).eqns:
+        mark = operation.params["name"] if operation.primitive.name == "name" else None
+        # A call that is mapped has an axis more here.
+        if mark in marked and operation.outvars[0].aval.shape == marked[mark][1]:
+            places[mark] += 1
+    left_out |= {name for mark, (name, _) in marked.items() if places[mark] != 1}
     return {name: found for name, found in noted.items() if name not in left_out}
 
 
 def is_independent(fun: Callable[[Any], Any], arrays: Any) -> bool:
-    """Whether nothing that a function returns depends on its arrays: it is traced with many copies of them.
+    """Whether nothing that a function returns depends on its arrays: it is traced with two copies of them.
 
     Args:
       fun: a function of a tree of arrays, which returns arrays.
@@ -260,10 +261,10 @@ def is_independent(fun: Callable[[Any], Any], arrays: Any) -> bool:
       Whether it is so. Not, if the function cannot be mapped over copies.
     """
     copies = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct((MANY, *jnp.shape(array)), array.dtype), arrays
+        lambda array: jax.ShapeDtypeStruct((2, *jnp.shape(array)), array.dtype), arrays
     )
     # An output that differs from copy to copy cannot be returned as one.
-    return _traces(jax.vmap(fun, out_axes=None, axis_size=MANY), copies)
+    return _traces(jax.vmap(fun, out_axes=None, axis_size=2), copies)
 
 
 def _num_examples(outputs: Any) -> int | None:
