@@ -1,6 +1,7 @@
-"""Why KFAC is ahead of TKFAC_nor with equal settings: ResNet20 on CIFAR-10, rule and damping crossed.
+"""Why KFAC is ahead of TKFAC_nor with equal settings: a network on CIFAR-10, rule and damping crossed.
 
     python -m benchmarks.factored_damping --data-dir DIR [--steps 390] [--seeds 0] [--out-dir results/factored_damping]
+      [--network vgg16 --width 0.25] [--settings "damping 0.001"]
 
 KFAC and TKFAC_nor of the paper differ in two things at once. The rule of the statistics: expectations of the two
 factors by themselves, or weighted by each other's traces. And how one lambda is divided between the two factors of a
@@ -18,6 +19,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import tkfac_jax as tkfac
+from benchmarks.cifar import NETWORKS
 from benchmarks.runner import Method
 from benchmarks.trace_damping import compare, variant
 
@@ -42,7 +44,7 @@ def variants() -> list[Method]:
 
 def main() -> None:
     """Runs the benchmark."""
-    compare("factored_damping", __doc__ or "", variants)
+    compare("factored_damping", __doc__ or "", variants, list(NETWORKS))
 
 
 if __name__ == "__main__":

@@ -210,14 +210,33 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> str:
     return table(rows)
 
 
-def compare(what: str, description: str, variants: Callable[[], Sequence[Method]]) -> None:
-    """The command that trains ResNet20 with each variant and compares them; `what` names its results."""
+def compare(
+    what: str,
+    description: str,
+    variants: Callable[[], Sequence[Method]],
+    networks: Sequence[str] = ("resnet20",),
+) -> None:
+    """The command that trains a network with each variant and compares them; `what` names its results."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="directory of CIFAR's folders")
     parser.add_argument("--steps", type=int, default=390, help="of each run; 390 are an epoch")
     parser.add_argument("--turn", type=int, help="steps between evaluations; all if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of networks and batches")
+    parser.add_argument("--network", choices=networks, default=networks[0])
     parser.add_argument("--width", type=float, default=1.0, help="channels, as a multiple")
+    every = variants()
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        choices=list(dict.fromkeys(method.name for method in every)),
+        help="of the variants to train; all by default",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=list(dict.fromkeys(method.settings for method in every)),
+        help="likewise",
+    )
     parser.add_argument(
         "--examples", type=int, help="at most so many examples of each split, for a quick try"
     )
@@ -225,14 +244,22 @@ def compare(what: str, description: str, variants: Callable[[], Sequence[Method]
     options = parser.parse_args()
 
     data = load_cifar(options.data_dir, "cifar10").first(options.examples, options.examples)
-    model = NETWORKS["resnet20"](data.classes, options.width)
+    model = NETWORKS[options.network](data.classes, options.width)
+    chosen = [
+        method
+        for method in every
+        if method.name in (options.names or [method.name])
+        and method.settings in (options.settings or [method.settings])
+    ]
     records = []
     for seed in options.seeds:
         problem = cifar_problem(data, model, seed, evaluation_examples=EVALUATION_EXAMPLES)
-        folder = options.out_dir / f"checkpoints-width-{options.width:g}-seed-{seed}"
+        folder = (
+            options.out_dir / f"checkpoints-{options.network}-width-{options.width:g}-seed-{seed}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         # One after the other: what differs is what they learn, not the time that it takes.
-        for method in variants():
+        for method in chosen:
             run = Run(problem, method, seed, folder)
             race(
                 [run],
@@ -247,6 +274,7 @@ def compare(what: str, description: str, variants: Callable[[], Sequence[Method]
         "batch_size": BATCH_SIZE,
         "interval": INTERVAL,
         "steps": options.steps,
+        "network": options.network,
         "width": options.width,
         "runs": records,
     }

@@ -551,9 +551,9 @@ def test_the_factored_damping_command(small, monkeypatch, capsys):
         assert method.rule is expected
     compared = [method for method in variants if method.settings == "damping 0.001"]
     assert len(compared) == 4
-    monkeypatch.setattr(factored_damping, "variants", lambda: compared)
     out = small / "out"
     arguments = ["--data-dir", str(small / "data"), "--out-dir", str(out), "--steps", "2"]
+    arguments += ["--settings", "damping 0.001"]
     monkeypatch.setattr(sys, "argv", ["factored_damping", *arguments])
     factored_damping.main()
     runs = json.loads((out / "factored_damping.json").read_text())["runs"]
