@@ -251,6 +251,8 @@ def compare(
         if method.name in (options.names or [method.name])
         and method.settings in (options.settings or [method.settings])
     ]
+    if not chosen:
+        parser.error(f"no variant of {options.names} has one of the settings {options.settings}.")
     records = []
     for seed in options.seeds:
         problem = cifar_problem(data, model, seed, evaluation_examples=EVALUATION_EXAMPLES)

@@ -17,6 +17,7 @@ import tkfac_jax as tkfac
 from tkfac_jax import rowwise
 from tkfac_jax.matrices import Layout
 from tkfac_jax.rowwise import precondition_rows
+from tkfac_jax.steps import Kind, StepFunctions, StepOptions
 
 KEYS = [jax.random.key(t) for t in range(4)]
 WIDTHS = (9, 9, 12)
@@ -217,9 +218,9 @@ def test_training_steps_are_those_without_rows(kind, estimator, monkeypatch):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), received, expected
     )
-    # In the plain program, and in those of new statistics and new inverses, whose first halves look what the other
-    # ones will need.
-    times = 3 if kind == "adaptive" else 5
+    # In the plain program, and in those of new statistics and new inverses, whose first halves look whether the other
+    # ones will need the gradients, and if so, whether the rows.
+    times = {"adaptive": 3, "norm constraint": 7, "watched": 7}.get(kind, 5)
     assert len(names) == times * FROM_ROWS[kind]
 
 
@@ -318,9 +319,14 @@ def assert_same_with_and_without(
     make=None,
     layers=None,
     batches=None,
+    programs=3,
+    options=None,
     **data,
 ):
-    """Three steps with rows and without, the first with new inverses; and how many layers use their rows."""
+    """Three steps with rows and without, the first with new inverses; and how many layers use their rows.
+
+    That is looked at in both halves of the first step, and in the others, which are one program.
+    """
     layers = layers or tkfac.find_layers(predict, params, x)
     optimizer = (make or OPTIMIZERS["plain"])(layers)
     names, ends = chosen(monkeypatch), []
@@ -330,17 +336,16 @@ def assert_same_with_and_without(
             likelihood or tkfac.Categorical(),
             optimizer,
             layers=layers,
-            fisher_interval=4,
             inverse_interval=4,
             estimator="empirical",
             steps_from_rows=rows,
+            **{"fisher_interval": 4} | (options or {}),
         )
         received = fresh((params, jax.jit(optimizer.init)(params)))
         for inputs in batches or [x] * 3:
             received = step(*received, inputs, targets=y, **data)[:2]
         ends.append(received)
-    # In both halves of the first step, and in the others, which are one program.
-    assert len(names) == 3 * from_rows
+    assert len(names) == programs * from_rows
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
     moved = jax.tree.map(lambda end, start: bool(jnp.any(end != start)), ends[0][0], params)
     assert all(jax.tree.leaves(moved))
@@ -411,28 +416,43 @@ def test_one_of_the_layers_is_called_in_another_function(monkeypatch):
 
 
 def test_new_inverses_of_a_share_of_the_layers(monkeypatch):
+    """All inverses at first, then one share after the other: two programs of two halves."""
+    predict, params, x, y, _ = problem()
+    assert_same_with_and_without(
+        monkeypatch,
+        predict,
+        params,
+        x,
+        y,
+        from_rows=FROM_ROWS["plain"],
+        batches=[x] * 5,
+        programs=4,
+        options={"fisher_interval": 1, "spread_inverses": True},
+    )
+
+
+def test_inputs_that_are_whole_numbers(monkeypatch):
+    """As the pixels of images are, which the layer itself makes floating-point numbers."""
+    predict, params, _, y, _ = problem()
+    x = jax.random.randint(jax.random.key(1), (BATCH, INPUTS), 0, 4, jnp.uint8)
+    assert_same_with_and_without(monkeypatch, predict, params, x, y, from_rows=FROM_ROWS["plain"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("plain", 4), ("norm constraint", 4), ("clipped", 0), ("watched", 4)]
+)
+def test_rows_that_the_update_does_not_use_are_not_handed_on(kind, kept):
+    """Nor are gradients where rows stand for them."""
     predict, params, x, y, layers = problem()
-    optimizer, ends = tkfac.tkfac(0.05, layers, damping=0.1), []
-    names = chosen(monkeypatch)
-    for rows in (True, False):
-        step = tkfac.make_train_step(
-            predict,
-            tkfac.Categorical(),
-            optimizer,
-            layers=layers,
-            fisher_interval=1,
-            inverse_interval=4,
-            estimator="empirical",
-            spread_inverses=True,
-            steps_from_rows=rows,
-        )
-        received = fresh((params, jax.jit(optimizer.init)(params)))
-        for _ in range(5):
-            received = step(*received, x, targets=y)[:2]
-        ends.append(received)
-    # All inverses at first, then one share after the other: two programs of two halves, and three if a step has none.
-    assert len(names) >= 4 * FROM_ROWS["plain"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
+    optimizer = OPTIMIZERS[kind](layers)
+    functions = StepFunctions.build(
+        predict, tkfac.Categorical(), optimizer, layers, StepOptions(1), estimator="empirical"
+    ).of(Kind(True, "all"), in_halves=True)
+    data = dict.fromkeys(("key", "position_mask", "example_weights")) | {"targets": y}
+    state = jax.eval_shape(optimizer.init, params)
+    found = jax.eval_shape(functions.first, params, state, (x,), data)
+    assert len(found.rows) == kept
+    assert (found.gradient["Dense_0"]["kernel"] is None) == (kind == "plain")
 
 
 def test_a_derivative_inside_the_model(monkeypatch):
@@ -509,7 +529,9 @@ def test_weights_of_examples_and_numbers_that_go_wrong(kind, monkeypatch):
     """A step that is not finite is none, whichever way it was made; the counts are the same."""
     predict, params, x, y, _ = problem()
     weights = jnp.arange(1.0, 1.0 + BATCH)
-    options = {"make": OPTIMIZERS[kind], "from_rows": FROM_ROWS[kind]}
+    # The first half of the first step looks twice where the gradients are needed.
+    programs = 4 if kind == "norm constraint" else 3
+    options = {"make": OPTIMIZERS[kind], "from_rows": FROM_ROWS[kind], "programs": programs}
     assert_same_with_and_without(
         monkeypatch, predict, params, x, y, example_weights=weights, **options
     )

@@ -14,8 +14,9 @@ The rows of a batch are those of a layer only where each of its calls is seen an
 serves for nothing else.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -60,20 +61,11 @@ class _Function(NamedTuple):
     def watched(self, note: Callable[[str, Array], Array]) -> Callable[[Any, list[Any]], Any]:
         """The function of parameters and arrays, every output of whose layers goes through `note(kernel, output)`."""
 
-        def observe(call: Call, routes: Routes) -> Any:
-            layer = call.layer
-            if not isinstance(layer, LayerCall):
-                return None
-            match, _ = routes.match_layer(call, layer)
-            if match is None or match.name not in self.stacks:
-                return layer.output
-            return note(match.name, layer.output)
-
         def call(params: Any, arrays: list[Any]) -> Any:
             entries = {name: jnp.zeros((*self.stacks[name], 1)) for name in self.routed}
             routes = Routes.through(params, entries)
             args, kwargs = self.combine(arrays)
-            with observing(lambda call: observe(call, routes)):
+            with _changing(routes, self.stacks, lambda kernel, layer: note(kernel, layer.output)):
                 return self.fun(routes.params, *args, **kwargs)
 
         return call
@@ -170,19 +162,14 @@ def used_elsewhere(
         def outputs(own: Mapping[str, Array]) -> Any:
             routes = Routes.through(replace_leaves(params, own), {})
 
-            def observe(call: Call) -> Any:
-                layer = call.layer
-                if not isinstance(layer, LayerCall):
-                    return None
-                match, _ = routes.match_layer(call, layer)
-                if match is None or match.name not in kernels:
-                    return layer.output
+            def of_inputs(kernel: str, layer: LayerCall) -> Array:
+                del kernel
                 # Of the inputs alone; but with their copies, if a kernel is in them.
                 inputs: Any = layer.inputs
                 inputs = inputs() if callable(inputs) else inputs
                 return jnp.full(layer.output.shape, jnp.sum(inputs).astype(layer.output.dtype))
 
-            with observing(observe):
+            with _changing(routes, kernels, of_inputs):
                 return fun(routes.params)
 
         return not is_independent(outputs, leaves)
@@ -219,14 +206,8 @@ def direct_calls(
     def watched(params: Any) -> Any:
         routes = Routes.through(params, {})
 
-        def observe(call: Call) -> Any:
-            layer = call.layer
-            if not isinstance(layer, LayerCall):
-                return None
-            match, _ = routes.match_layer(call, layer)
-            if match is None or match.name not in spec_of:
-                return layer.output
-            spec = spec_of[match.name]
+        def marking(kernel: str, layer: LayerCall) -> Array:
+            spec = spec_of[kernel]
             found = note(spec, layer)
             if found is None:
                 left_out.add(spec.name)
@@ -237,7 +218,7 @@ def direct_calls(
             # The pull-back of a derivative inside is not that of the function.
             return checkpoint_name(_note_derivatives(spec.name, left_out)(layer.output), mark)
 
-        with observing(observe):
+        with _changing(routes, spec_of, marking):
             return fun(routes.params)
 
     places: Counter[str] = Counter()
@@ -265,6 +246,23 @@ def is_independent(fun: Callable[[Any], Any], arrays: Any) -> bool:
     )
     # An output that differs from copy to copy cannot be returned as one.
     return _traces(jax.vmap(fun, out_axes=None, axis_size=2), copies)
+
+
+def _changing(
+    routes: Routes, kernels: Container[str], change: Callable[[str, LayerCall], Array]
+) -> contextlib.AbstractContextManager[None]:
+    """Within it, the calls of layers of these kernels return what `change(kernel, call)` makes of them."""
+
+    def observe(call: Call) -> Any:
+        layer = call.layer
+        if not isinstance(layer, LayerCall):
+            return None
+        match, _ = routes.match_layer(call, layer)
+        if match is None or match.name not in kernels:
+            return layer.output
+        return change(match.name, layer)
+
+    return observing(observe)
 
 
 def _num_examples(outputs: Any) -> int | None:

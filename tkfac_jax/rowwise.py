@@ -131,7 +131,7 @@ class KeptRows:
 
             def rows(inputs: Array, gradients: Array, given: None) -> Rows:
                 del given
-                inputs, gradients = _rows(form, inputs, gradients)
+                inputs, gradients = _rows(spec, form, inputs, gradients)
                 return inputs.astype(input_shape.dtype), gradients.astype(gradient_shape.dtype)
 
             return attach(output, layer, None, slots[spec.name][number], rows)
@@ -238,8 +238,10 @@ def _may_gain(spec: LayerSpec) -> bool:
     )
 
 
-def _rows(form: Contraction, inputs: Array, gradients: Array) -> Rows:
+def _rows(spec: LayerSpec, form: Contraction, inputs: Array, gradients: Array) -> Rows:
     """The rows of a call, as two matrices."""
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(spec.dtype)
     one, other = form.rows(inputs, gradients)
     return one.reshape(-1, one.shape[-1]), other.reshape(-1, other.shape[-1])
 
@@ -252,13 +254,10 @@ def _shapes_of_rows(spec: LayerSpec, layer: LayerCall) -> Rows | None:
         return None
     inputs: Any = layer.inputs
     inputs = inputs() if callable(inputs) else inputs
-
-    def shape_of(matrix: Array) -> jax.ShapeDtypeStruct:
-        is_float = jnp.issubdtype(matrix.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(matrix.shape, matrix.dtype if is_float else spec.dtype)
-
-    one, other = _rows(layer.form, inputs, layer.output)
-    return shape_of(one), shape_of(other)
+    one, other = _rows(spec, layer.form, inputs, layer.output)
+    return jax.ShapeDtypeStruct(one.shape, one.dtype), jax.ShapeDtypeStruct(
+        other.shape, other.dtype
+    )
 
 
 def _saving(spec: LayerSpec, calls: list[Rows]) -> int:

@@ -194,7 +194,7 @@ class StepFunctions(NamedTuple):
     def _first_half(
         self, kind: Kind, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
     ) -> Gradients:
-        """What the other half needs: no outputs, and no gradients for which rows stand in."""
+        """What the other half needs: no outputs, no gradients for which rows stand in, no rows that it does not use."""
         found = self._gather(kind, params, args, data)
         leaves = named_leaves(found.gradient)
         own = {
@@ -204,19 +204,24 @@ class StepFunctions(NamedTuple):
             if leaf is not None
         }
 
-        def other_half(own: dict[str, Any]) -> Any:
+        rows = {name: kept._replace(gradient=None) for name, kept in found.rows.items()}
+
+        def other_half(own: dict[str, Any], rows: dict[str, LayerRows]) -> Any:
             gradient = replace_leaves(found.gradient, own)
-            rows = self._standing_for(gradient, found.rows)
-            changed = found._replace(gradient=gradient, rows=rows)
+            changed = found._replace(gradient=gradient, rows=self._standing_for(gradient, rows))
             return self._update(kind, params, opt_state, args, data, changed)
 
-        needless = dict.fromkeys(own) if own and is_independent(other_half, own) else {}
+        needless = {}
+        if own and is_independent(lambda own: other_half(own, rows), own):
+            needless = dict.fromkeys(own)
+        elif own and is_independent(lambda rows: other_half(own, rows), rows):
+            rows = {}
         return Gradients(
             found.loss,
             (None, found.predicted[1]) if self.options.has_aux else None,
             replace_leaves(found.gradient, needless),
             found.statistics,
-            {name: rows._replace(gradient=None) for name, rows in found.rows.items()},
+            rows,
         )
 
     def _second_half(
