@@ -562,3 +562,9 @@ def test_the_factored_damping_command(small, monkeypatch, capsys):
         method.name.startswith("KFAC") for method in compared
     ]
     assert "| KFAC, normal | damping 0.001 |" in " ".join(capsys.readouterr().out.split())
+
+    arguments += ["--settings", "damping 0.0001", "--names", "KFAC, normal"]
+    monkeypatch.setattr(sys, "argv", ["factored_damping", *arguments])
+    with pytest.raises(SystemExit):
+        factored_damping.main()
+    assert "no variant of ['KFAC, normal']" in capsys.readouterr().err

@@ -567,6 +567,34 @@ def test_inverses_that_are_divided_over_a_mesh(axis_type, monkeypatch):
         )
 
 
+def test_only_the_state_is_divided_over_explicit_axes(monkeypatch):
+    """What stands on no mesh meets inverses that do: steps are made from the gradient."""
+    monkeypatch.setattr("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    predict, params, x, y, layers = problem()
+    params, x, y = jax.tree.map(np.asarray, (params, x, y))
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1, mesh=mesh, shard_state=True)
+    names, ends = chosen(monkeypatch), []
+    with jax.set_mesh(mesh):
+        for rows in (True, False):
+            step = tkfac.make_train_step(
+                predict,
+                tkfac.Categorical(),
+                optimizer,
+                layers=layers,
+                fisher_interval=2,
+                inverse_interval=2,
+                estimator="empirical",
+                steps_from_rows=rows,
+            )
+            received = params, jax.jit(optimizer.init)(params)
+            for _ in range(2):
+                received = step(*received, x, targets=y)[:2]
+            ends.append(received)
+    assert not names
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), *ends)
+
+
 @pytest.mark.parametrize(
     ("how", "where"),
     [
