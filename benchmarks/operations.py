@@ -10,8 +10,9 @@ import jax
 def count_operations(fun: Callable[..., Any], *args: Any) -> float:
     """The operations of a function's matrix products, convolutions, factorisations and triangular solves.
 
-    Counted in the traced program, without what leads to no result: the steps of `lax.scan` each, of the branches of
-    `lax.cond` the longest, and the body of `lax.while_loop` once. An addition and a multiplication are two.
+    Counted in the traced program, without what leads to no result: the steps of `lax.scan` each, the body of
+    `lax.while_loop` once, of the branches of `lax.cond` the longest, and of those of `lax.platform_dependent` the
+    default backend's, if it has no `while_loop` in it. An addition and a multiplication are two.
     """
     program = jax.make_jaxpr(fun)(*args).jaxpr
     return _of_program(program, [True] * len(program.outvars))
@@ -45,8 +46,25 @@ def _of_equation(equation: Any, used: Sequence[bool]) -> float:
         for program in programs
     ]
     if name == "cond":
-        return max(inner)
+        platforms = params.get("branches_platforms")
+        own = None if platforms is None else _own_branch(platforms)
+        return max(inner) if own is None or _has_while(programs[own]) else inner[own]
     return params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+
+
+def _own_branch(platforms: Sequence[Sequence[str] | None]) -> int:
+    """Which branch the default backend takes, by the platforms of each; None: all others."""
+    backend = jax.default_backend()
+    names = ("cuda", "rocm") if backend == "gpu" else (backend,)
+    return next(i for i, own in enumerate(platforms) if own is None or {*own} & {*names})
+
+
+def _has_while(program: Any) -> bool:
+    return any(
+        equation.primitive.name == "while"
+        or any(_has_while(inner) for value in equation.params.values() for inner in _programs(value))
+        for equation in program.eqns
+    )
 
 
 def _programs(value: Any) -> Iterator[Any]:

@@ -115,7 +115,7 @@ class Run:
         self.layers = problem.find_layers()
         optimizer = method.build(self.layers)
         self.train_step = (
-            _make_step(problem, method, optimizer, self.layers)
+            make_step(problem, method, optimizer, self.layers)
             if method.make_step is None
             else method.make_step(problem, optimizer)
         )
@@ -235,7 +235,7 @@ def _moved(average: Any, params: Any, weight: float) -> Any:
     return optax.incremental_update(params, average, weight)
 
 
-def _make_step(
+def make_step(
     problem: Problem, method: Method, optimizer: Any, layers: tkfac.Layers
 ) -> Callable[..., Any]:
     """A step `(params, opt_state, model_state), inputs, targets, key -> the same three`."""

@@ -10,6 +10,8 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+# GPUs and TPUs would round the inputs of products.
+jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 4)
 # The tests compile many small programs and run each once.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -50,6 +52,16 @@ def known_flags():
 def kernels_of_more_entries_are_large(monkeypatch):
     """The tests' layers are small; of most networks some keep their bias apart now, and some do not."""
     monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", 40)
+
+
+@pytest.fixture(params=["own", "accelerator"])
+def platform(request, monkeypatch):
+    """What is computed on this platform, and what is on platforms of which the package knows nothing."""
+    if request.param != "own":
+        monkeypatch.setattr(
+            "jax.lax.platform_dependent", lambda *args, default, **_: default(*args)
+        )
+    return request.param
 
 
 @pytest.fixture

@@ -99,6 +99,7 @@ def test_axes_between_batch_and_features_are_locations(shape, expected):
     np.testing.assert_array_equal(rows.reshape(shape), x)
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("homogeneous", [False, True])
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from test_benchmarks import make_mnist
 
 import tkfac_jax as tkfac
-from benchmarks import speed, subsampling
+from benchmarks import loops, speed, subsampling
 from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
 
@@ -57,6 +57,17 @@ def test_operations_of_loops_and_branches():
 
     assert count_operations(either, square) == 2 * once
     assert count_operations(jax.jit(jax.checkpoint(lambda a: a @ a)), square) == once
+
+
+@pytest.mark.parametrize(("backend", "products"), [("cpu", 1), ("gpu", 2), ("tpu", 3)])
+def test_operations_of_the_own_platform(backend, products, monkeypatch):
+    def dependent(a):
+        return jax.lax.platform_dependent(
+            a, cpu=lambda a: a @ a, cuda=lambda a: a @ a @ a, default=lambda a: a @ a @ a @ a
+        )
+
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    assert count_operations(dependent, shape(4, 4)) == products * 2 * 4**3
 
 
 def test_operations_that_lead_to_no_result_do_not_count():
@@ -177,6 +188,58 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "resnet20: " in shown
     assert "| TKFAC, new statistics, apart" in shown
+
+
+def test_loops_at_small_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(speed.NETWORKS, "mlp10", lambda: speed.perceptron(2, 8, 16))
+    arguments = ["loops", "--networks", "mlp10", "--intervals", "1/3", "20/20", "--peers"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--repeats", "2", "--out-dir", str(tmp_path)])
+    loops.main()
+    (written,) = tmp_path.glob("loops-*.json")
+    records = json.loads(written.read_text())["mlp10"]["loops"]
+    found = [(record["method"], record["intervals"], record["steps"]) for record in records]
+    assert found == [
+        ("SGD-momentum", None, 10),
+        ("Adam", None, 10),
+        ("TKFAC", "1/3", 12),
+        ("TKFAC", "20/20", 20),
+    ]
+    assert all(len(record["ms"]) == 2 and min(record["ms"]) > 0 for record in records)
+    assert "| TKFAC        |     20/20 |" in capsys.readouterr().out
+
+
+def test_loops_beside_a_peer():
+    def record(method, intervals, milliseconds):
+        return {
+            "method": method,
+            "intervals": intervals,
+            "median_ms": milliseconds,
+            "ready_seconds": 1.0,
+        }
+
+    table = loops.results_table(
+        {
+            "loops": [
+                record("SGD-momentum", None, 2.0),
+                record("TKFAC", "1/5", 6.0),
+                record("kfac-jax", "1/5", 8.0),
+                record("TKFAC", "10/10", 3.0),
+            ]
+        }
+    )
+    cells = [[cell.strip() for cell in row.split("|")[3:-1]] for row in table.splitlines()[2:]]
+    assert cells == [
+        ["2", "1.00", "", "1"],
+        ["6", "3.00", "0.75", "1"],
+        ["8", "4.00", "", "1"],
+        ["3", "1.50", "", "1"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["0/5", "5", "1/2/3", "a/b"])
+def test_intervals_that_are_none_are_refused(text):
+    with pytest.raises(ValueError):  # noqa: PT011
+        loops.interval_pair(text)
 
 
 def test_a_program_does_not_grow_with_the_number_of_stacked_layers():

@@ -140,9 +140,11 @@ def test_patches_of_the_batch_are_never_materialised():
     layers = tkfac.find_layers(predict, params, x)
     fisher = tkfac.empirical_fisher(predict, tkfac.Normal(), layers)
     y = jax.ShapeDtypeStruct((batch, 4), jnp.float32)
-    compiled = jax.jit(fisher).lower(params, x, targets=y).compile()
     all_patches = batch * 32 * 32 * 72 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < all_patches / 2
+    # A GPU's convolutions want memory of their own.
+    if jax.default_backend() == "cpu":
+        compiled = jax.jit(fisher).lower(params, x, targets=y).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < all_patches / 2
     jaxpr = jax.make_jaxpr(lambda params, x, y: fisher(params, x, targets=y))(params, x, y).jaxpr
     largest = _largest_array(jaxpr)
     assert largest < all_patches / 2

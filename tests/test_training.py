@@ -305,6 +305,51 @@ def test_the_counter_follows_the_state():
         jax.tree.map(np.testing.assert_array_equal, (resumed, resumed_state), (received, state))
 
 
+@jax.tree_util.register_pytree_node_class
+class Unnamed:
+    """A node whose parts have no names."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def tree_flatten(self):
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        return cls(*parts)
+
+
+def test_the_counter_finds_a_state_to_which_no_names_lead():
+    predict, params, x, y, layers = mlp_problem()
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+
+    def update(grads, state, params, **extra):
+        updates, inner = optimizer.update(grads, state.parts[1], params, **extra)
+        return updates, Unnamed(state.parts[0] + 1, inner)
+
+    wrapped = optax.GradientTransformationExtraArgs(
+        lambda params: Unnamed(jnp.zeros(()), optimizer.init(params)), update
+    )
+    ends = []
+    for made in (optimizer, wrapped):
+        step = tkfac.make_train_step(
+            predict,
+            tkfac.Categorical(),
+            made,
+            layers=layers,
+            estimator="empirical",
+            fisher_interval=2,
+            inverse_interval=2,
+        )
+        state = (copy(params), init(made, params))
+        for _ in range(4):
+            state = step(*state, x, targets=y)[:2]
+        ends.append(state[0])
+        assert int(optax.tree.get(state[1], "factor_updates")) == 2
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
 def test_batch_norm_state_comes_back_as_aux():
     predict, params, batch_stats, x, y, layers = convnet_problem()
     optimizer = tkfac.tkfac(0.01, layers)

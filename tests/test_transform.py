@@ -10,6 +10,7 @@ import pytest
 from networks import as_float64, convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
+from tkfac_jax.structures import dense
 
 
 class Small(nn.Module):
@@ -284,13 +285,44 @@ def test_statistics_that_are_not_finite_are_skipped_and_counted(bad, averaging, 
 
 
 def test_failed_inversions_are_counted_and_leave_the_old_inverse():
-    _, params, _, _, layers = small_problem()
+    *_, layers = small_problem()
     transform = tkfac.scale_by_tkfac(layers, inverse=lambda stack: jnp.full_like(stack, jnp.nan))
-    state, update = small_update(transform)
-    updates, state = update(state, statistics_at())
-    # Every inverse fails, also in init, where the identity stays.
+    start, update = small_update(transform)
+    before, _ = update(start, None, refresh_inverses=False)
+    updates, state = update(start, statistics_at())
     assert int(state.failed_inversions) == 4
-    jax.tree.map(np.testing.assert_array_equal, updates, params)
+    jax.tree.map(np.testing.assert_array_equal, state.inverses, start.inverses)
+    jax.tree.map(np.testing.assert_array_equal, updates, before)
+
+
+@pytest.mark.parametrize("large", ["full", "blocks", "diagonal"])
+def test_init_inverts_the_damping(large):
+    predict, params, x, _, _ = small_problem()
+    limit = None if large == "full" else 2
+    layers = tkfac.find_layers(
+        predict,
+        params,
+        x,
+        max_factor_size=limit,
+        large_factors="blocks" if limit is None else large,
+    )
+    state = jax.jit(tkfac.scale_by_tkfac(layers, damping=0.3).init)(params)
+    for name, spec in layers.items():
+        inverses = state.inverses[name]
+        for which in ("phi", "psi"):
+            structure = getattr(spec, which)
+            assert structure.kind == large
+            factor = dense(structure, getattr(state.factors[name], which))
+            inverse = inverses.phi_matrix() if which == "phi" else inverses.psi
+            np.testing.assert_allclose(dense(structure, inverse), np.linalg.inv(factor), rtol=1e-12)
+
+
+def test_without_damping_init_gives_identities():
+    _, params, _, _, layers = small_problem()
+    state = jax.jit(tkfac.scale_by_tkfac(layers, damping=lambda _: 0.0).init)(params)
+    for inverses in state.inverses.values():
+        for matrix in (inverses.phi_matrix(), inverses.psi):
+            np.testing.assert_array_equal(matrix, np.eye(len(matrix)))
 
 
 def training_problem():

@@ -22,7 +22,7 @@ from tkfac_jax.factors import (
     zero_factors,
 )
 from tkfac_jax.finite import all_finite
-from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
+from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_damping, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
 from tkfac_jax.precondition import precondition
@@ -127,7 +127,7 @@ class Curvature(NamedTuple):
         unknown = {name: zero_factors(spec) for name, spec in active.items()}
         damped = self.damping.damp(unknown, active, jnp.zeros((), jnp.int32))
         start = {name: self._identity_inverses(spec) for name, spec in active.items()}
-        inverses, _ = invert_factors(damped, start, active, self.inverse)
+        inverses = invert_damping(damped, start, active)
         factors = damped if self.averaging == "factors" else unknown
 
         # One buffer for each counter: a state that holds one twice could not be donated.

@@ -72,10 +72,10 @@ def keeps_bias_apart(spec: LayerSpec) -> bool:
 
 
 def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:
-    """Inverts symmetric positive definite matrices by their Cholesky factors, found by halves.
+    """Inverts symmetric positive definite matrices by their Cholesky factors, on CPUs found by halves.
 
-    Errors are of the size of those of LAPACK's factor and solve with the identity; most of the work, `7/4 n^3` instead
-    of `10/3 n^3` operations, is in matrix products.
+    Errors are of the size of those of LAPACK's factor and solve with the identity. By halves most of the work,
+    `7/4 n^3` instead of `10/3 n^3` operations, is in matrix products.
 
     Args:
       matrices: the matrices; only the lower triangles are read.
@@ -84,18 +84,26 @@ def cholesky_inverse(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch
       The inverses, symmetric up to rounding. Where a matrix is not positive definite, NaN.
     """
     limit_lapack_threads()
-    if len(matrices) == 1:
-        return _cholesky_inverse(matrices[0])[None]
-    # Batched LAPACK calls of jaxlib 0.10 wait inside XLA's CPU thread pool for tasks of the same pool:
-    # two of them in one program can take all its threads and never return. Single ones do not wait.
     return jax.lax.platform_dependent(
         matrices,
-        cpu=lambda matrices: jax.lax.map(_cholesky_inverse, matrices),
-        default=_cholesky_inverse,
+        cpu=_one_by_one,
+        # On a GPU halves take as long, and each size of their products is searched for its fastest program.
+        default=lambda matrices: _inverse_and_factor(matrices, 0)[0],
     )
 
 
-def _cholesky_inverse(matrices: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+def _one_by_one(matrices: Float[Array, "batch n n"]) -> Float[Array, "batch n n"]:
+    """Inverts matrix by matrix.
+
+    Batched LAPACK calls of jaxlib 0.10 wait inside XLA's CPU thread pool for tasks of the same pool: two of them in
+    one program can take all its threads and never return. Single ones do not wait.
+    """
+    if len(matrices) == 1:
+        return _by_halves(matrices[0])[None]
+    return jax.lax.map(_by_halves, matrices)
+
+
+def _by_halves(matrices: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     levels = min(LARGEST_LEVELS, (matrices.shape[-1] // SMALLEST_BLOCK).bit_length())
     if levels == 0:
         return _inverse_and_factor(matrices, levels)[0]
@@ -185,9 +193,8 @@ def invert_factors(
     groups: dict[Any, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for name in old:
         for which in ("phi", "psi"):
-            structure, factor = getattr(layers[name], which), getattr(factors[name], which)
-            # LAPACK knows no dtype below float32.
-            factor = factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
+            structure = getattr(layers[name], which)
+            factor = _at_least_float32(factors[name], which)
             if structure.kind == "diagonal":
                 inverses, good = _invert_diagonals(factor.reshape(-1, structure.size))
                 inverted[name, which] = inverses.reshape(factor.shape)
@@ -209,6 +216,43 @@ def invert_factors(
                 succeeded[name, which] = results[size][1][start:end]
                 start = end
 
+    return _replace_good(old, layers, inverted, succeeded)
+
+
+def invert_damping(
+    factors: Mapping[str, KroneckerFactors],
+    old: Mapping[str, KroneckerInverses],
+    layers: Mapping[str, LayerSpec],
+) -> dict[str, KroneckerInverses]:
+    """Inverts factors that hold nothing but their damping, on the diagonal; the old inverses stay where it is 0."""
+    inverted, succeeded = {}, {}
+    for name in old:
+        for which in ("phi", "psi"):
+            structure = getattr(layers[name], which)
+            factor = _at_least_float32(factors[name], which)
+            whole = structure.kind != "diagonal"
+            diagonals = jnp.diagonal(factor, axis1=-2, axis2=-1) if whole else factor
+            inverses, good = _invert_diagonals(diagonals.reshape(-1, structure.block))
+            inverses = inverses.reshape(diagonals.shape)
+            if whole:
+                inverses = inverses[..., None] * jnp.eye(structure.block, dtype=factor.dtype)
+            inverted[name, which], succeeded[name, which] = inverses, good
+    return _replace_good(old, layers, inverted, succeeded)[0]
+
+
+def _at_least_float32(factors: KroneckerFactors, which: str) -> Array:
+    """One of a layer's two factors, in a dtype that LAPACK knows."""
+    factor = getattr(factors, which)
+    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
+
+
+def _replace_good(
+    old: Mapping[str, KroneckerInverses],
+    layers: Mapping[str, LayerSpec],
+    inverted: Mapping[tuple[str, str], Array],
+    succeeded: Mapping[tuple[str, str], Array],
+) -> tuple[dict[str, KroneckerInverses], dict[str, Int[Array, ""]]]:
+    """The new inverses in the place of the old ones, and how many of each layer's are not good: there the old stay."""
     new, failures = {}, {}
     for name, kept in old.items():
         spec = layers[name]

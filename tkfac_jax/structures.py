@@ -6,6 +6,7 @@ that nothing else asks how it is stored. Leading axes (layers of a stack, groups
 convolution) are a batch throughout.
 """
 
+import functools
 import itertools
 import math
 from typing import Any, Literal, NamedTuple
@@ -85,7 +86,23 @@ def moment(
       The factor, `(*batch, *structure.shape)`.
     """
     if structure.kind == "full" and min(structure.size, rows.shape[-2]) >= SMALLEST_IN_STRIPS:
-        return _symmetric_product(structure.size, rows, weights, precision)
+        # For a GPU each strip would be searched for its fastest program, which takes seconds, and be too small for it.
+        return jax.lax.platform_dependent(
+            rows,
+            weights,
+            cpu=functools.partial(_symmetric_product, structure.size, precision=precision),
+            default=functools.partial(_moment, structure, precision=precision),
+        )
+    return _moment(structure, rows, weights, precision)
+
+
+def _moment(
+    structure: Structure,
+    rows: Float[Array, "*batch rows n"],
+    weights: Float[Array, "*batch rows"],
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "..."]:
+    """What `moment` computes, in one product."""
     if rows.shape[-1] < structure.size:
         rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], axis=-1)
     weighted = rows * weights[..., None]
