@@ -62,7 +62,9 @@ def _own_branch(platforms: Sequence[Sequence[str] | None]) -> int:
 def _has_while(program: Any) -> bool:
     return any(
         equation.primitive.name == "while"
-        or any(_has_while(inner) for value in equation.params.values() for inner in _programs(value))
+        or any(
+            _has_while(inner) for value in equation.params.values() for inner in _programs(value)
+        )
         for equation in program.eqns
     )
 
