@@ -70,6 +70,20 @@ def test_operations_of_the_own_platform(backend, products, monkeypatch):
     assert count_operations(dependent, shape(4, 4)) == products * 2 * 4**3
 
 
+def test_operations_of_a_platform_that_loops_are_those_of_the_longest():
+    def product_by_product(a):
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < 3, lambda c: (c[0] + 1, c[1] @ a), (0, a)
+        )
+
+    def dependent(a):
+        return jax.lax.platform_dependent(
+            a, cpu=lambda a: product_by_product(a)[1], default=lambda a: a @ a @ a @ a
+        )
+
+    assert count_operations(dependent, shape(4, 4)) == 3 * 2 * 4**3
+
+
 def test_operations_that_lead_to_no_result_do_not_count():
     square = shape(4, 4)
 
