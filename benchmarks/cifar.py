@@ -306,10 +306,18 @@ def run_seed(
 
 
 def earlier_results(path: Path, experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs and tuning of a results file, if there is one and it is of the same experiment; else none."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if not found or any(found.get(name) != value for name, value in experiment.items()):
+    """Runs and tuning of a results file, if there is one.
+
+    Raises:
+      ValueError: it is of another experiment.
+    """
+    if not path.exists():
         return {"runs": [], "tuning": {}}
+    found = json.loads(path.read_text())
+    other = [name for name, value in experiment.items() if found.get(name) != value]
+    if other:
+        msg = f"{path} is of another experiment, by its {', '.join(other)}: give another --out-dir."
+        raise ValueError(msg)
     # A file has null for what is not finite.
     runs = [run | {"curve": [_with_nan(point) for point in run["curve"]]} for run in found["runs"]]
     return {"runs": runs, "tuning": found["tuning"]}
@@ -404,7 +412,10 @@ def main() -> None:
         "evaluation_examples": options.evaluation_examples,
     }
     path = options.out_dir / f"{title}.json"
-    earlier = earlier_results(path, experiment)
+    try:
+        earlier = earlier_results(path, experiment)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
     seed, tuning_steps = options.seeds[0], options.tuning_epochs * epoch
     tried = trials(options.part, options.network, tuning_steps)

@@ -328,9 +328,13 @@ def test_runs_of_the_same_experiment_are_kept(small, monkeypatch):
     found = [(run["method"], run["seed"]) for run in second["runs"]]
     assert found == [("SGDM", 0), ("Adam", 0), ("SGDM", 1), ("Adam", 1)]
     assert first["runs"] == [second["runs"][1]]
-    # Other numbers of steps are another experiment.
-    other = command(monkeypatch, small, out, "--epochs", "2", "--methods", "Adam")
-    assert len(other["runs"]) == 1
+    # Other numbers of steps are another experiment, whose file this is not.
+    with pytest.raises(
+        SystemExit, match="another experiment, by its epochs: give another --out-dir"
+    ):
+        command(monkeypatch, small, out, "--epochs", "2", "--methods", "Adam")
+    (path,) = out.glob("*.json")
+    assert json.loads(path.read_text()) == second
 
 
 def test_seeds_are_added_as_they_end_and_beside_those_of_other_commands(small, monkeypatch):
