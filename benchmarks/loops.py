@@ -19,6 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,10 +165,11 @@ def results_table(result: Mapping[str, Any]) -> str:
 
 def interval_pair(text: str) -> Intervals:
     """`"1/5"` as two whole numbers, both at least 1."""
-    fisher_interval, inverse_interval = map(int, text.split("/"))
-    if min(fisher_interval, inverse_interval) < 1:
-        raise ValueError(text)
-    return fisher_interval, inverse_interval
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if match is None:
+        msg = f"{text!r}; expected two whole numbers of at least 1, such as 1/5"
+        raise argparse.ArgumentTypeError(msg)
+    return int(match[1]), int(match[2])
 
 
 def main() -> None:

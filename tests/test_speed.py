@@ -251,9 +251,11 @@ def test_loops_beside_a_peer():
 
 
 @pytest.mark.parametrize("text", ["0/5", "5", "1/2/3", "a/b"])
-def test_intervals_that_are_none_are_refused(text):
-    with pytest.raises(ValueError):  # noqa: PT011
-        loops.interval_pair(text)
+def test_intervals_that_are_none_are_refused(text, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["loops", "--intervals", "1/5", text])
+    with pytest.raises(SystemExit):
+        loops.main()
+    assert f"{text!r}; expected two whole numbers of at least 1" in capsys.readouterr().err
 
 
 def test_a_program_does_not_grow_with_the_number_of_stacked_layers():
