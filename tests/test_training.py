@@ -267,9 +267,16 @@ def test_buffers_are_donated():
         inverse_interval=2,
     )
     params, state = copy(params), init(optimizer, params)
-    step(params, state, x, targets=y, key=KEYS[0])
+    with pytest.raises(ValueError, match="key") as caught:
+        step(params, state, x, targets=y)
+    assert "that it returned" not in "".join(getattr(caught.value, "__notes__", []))
+    new_params, new_state, _ = step(params, state, x, targets=y, key=KEYS[0])
     assert params["Dense_0"]["kernel"].is_deleted()
     assert optax.tree.get(state, "factors")["Dense_0"].phi.is_deleted()
+    for args in ((params, new_state), (new_params, state)):
+        with pytest.raises((RuntimeError, ValueError), match="deleted") as caught:
+            step(*args, x, targets=y, key=KEYS[1])
+        assert "give the next step those that it returned" in "".join(caught.value.__notes__)
 
 
 def test_the_counter_follows_the_state():

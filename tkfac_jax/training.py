@@ -25,6 +25,11 @@ ACCUMULATING = (
     "make_train_step the optimizer itself and whole batches, or write the step by hand."
 )
 
+DONATED = (
+    "the step of make_train_step donates the buffers of params and opt_state: give the next step those that it "
+    "returned, or copy what is needed again, with jax.tree.map(jnp.copy, ...), before the step."
+)
+
 
 def make_train_step(
     predict: Callable[..., Any],
@@ -164,7 +169,22 @@ def make_train_step(
         counter.advance(opt_state)
         return params, opt_state, metrics
 
-    return step
+    return _explaining_donation(step)
+
+
+def _explaining_donation(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, whose error about a deleted array says how arrays come to be deleted."""
+
+    @functools.wraps(step)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if "deleted" in str(error):
+                error.add_note(DONATED)
+            raise
+
+    return explained
 
 
 def _compiled(
