@@ -7,6 +7,7 @@ from networks import spec
 import tkfac_jax as tkfac
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.inverses import invert_factors
+from tkfac_jax.structures import Structure, moment
 
 
 def positive_definite(seed, size, dtype=jnp.float64):
@@ -51,6 +52,24 @@ def test_large_matrices_are_inverted(size):
     # The condition number is about 40 times the size.
     np.testing.assert_allclose(received, np.linalg.inv(matrix), rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(received, received.T, rtol=0, atol=1e-14)
+
+
+def test_a_gpu_has_few_products_to_compile():
+    """One for a statistic, one for a stack of inverses; on a CPU strips and halves make several of each."""
+    size = 600
+    structure = Structure.of_size(size)
+
+    def products(function, *shapes, platform):
+        given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        lowered = jax.jit(function).trace(*given).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("stablehlo.dot_general")
+
+    for function, shapes in (
+        (lambda rows, weights: moment(structure, rows, weights), ((size, size), (size,))),
+        (tkfac.cholesky_inverse, ((2, size, size),)),
+    ):
+        assert products(function, *shapes, platform="cuda") == 1
+        assert products(function, *shapes, platform="cpu") > 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

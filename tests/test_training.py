@@ -6,7 +6,7 @@ import pytest
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
-from tkfac_jax import steps
+from tkfac_jax import steps, training
 
 KEYS = [jax.random.key(t) for t in range(8)]
 
@@ -310,6 +310,27 @@ def test_the_counter_follows_the_state():
                 resumed, resumed_state, x, targets=y, key=KEYS[t]
             )
         jax.tree.map(np.testing.assert_array_equal, (resumed, resumed_state), (received, state))
+
+
+def test_the_state_is_searched_for_once(monkeypatch):
+    predict, params, x, y, layers = mlp_problem()
+    optimizer, searches = tkfac.tkfac(0.05, layers), []
+    search = training.find_state
+    monkeypatch.setattr(
+        training, "find_state", lambda state: searches.append(state) or search(state)
+    )
+    step = tkfac.make_train_step(
+        predict,
+        tkfac.Categorical(),
+        optimizer,
+        layers=layers,
+        fisher_interval=2,
+        inverse_interval=2,
+    )
+    state = (copy(params), init(optimizer, params))
+    for key in KEYS[:4]:
+        state = step(*state, x, targets=y, key=key)[:2]
+    assert len(searches) == 1
 
 
 @jax.tree_util.register_pytree_node_class
