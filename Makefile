@@ -14,15 +14,16 @@ KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
 # What runs on the oldest and the newest releases: the tests that meet the most of the APIs of JAX, Flax and Optax.
 RELEASE_TESTS := \
   tests/test_adaptive.py::test_make_train_step_equals_the_step_by_hand \
-  tests/test_adaptive.py::test_lengths_are_those_of_the_dense_model \
   tests/test_calls.py \
   tests/test_composed_layers.py \
-  tests/test_distributed.py \
-  tests/test_likelihoods.py \
+  tests/test_distributed.py::test_jit_over_a_mesh \
+  tests/test_distributed.py::test_make_train_step_over_a_mesh \
+  tests/test_distributed.py::test_pmap \
+  'tests/test_distributed.py::test_shard_map[True-True]' \
   tests/test_objective.py \
   tests/test_precondition.py \
   tests/test_quadratic.py \
-  tests/test_rowwise.py::test_inverses_that_are_divided_over_a_mesh \
+  'tests/test_rowwise.py::test_inverses_that_are_divided_over_a_mesh[AxisType.Explicit]' \
   tests/test_rowwise.py::test_layers_whose_calls_are_in_another_function \
   tests/test_train_state.py
 
@@ -59,6 +60,11 @@ test-newest:
 .PHONY: run-newest
 run-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest --numprocesses=2 --dist=worksteal $(RELEASE_TESTS)
+
+# The environments of the two above.
+.PHONY: environments
+environments: $(OLDEST)/installed
+	@if test -n '$(NEWEST_PYTHON)'; then $(MAKE) --no-print-directory $(NEWEST)/installed; fi
 
 # An environment in which the benchmarks have kfac-jax to compare with: $(PEERS)/bin/python -m benchmarks...
 peers: $(PEERS)/installed

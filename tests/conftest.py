@@ -1,5 +1,6 @@
 """Configuration of all tests: float64 for the oracles, and four devices for what is mapped."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_num_cpu_devices", 4)
 # The tests compile many small programs and run each once.
 jax.config.update("jax_disable_most_optimizations", True)
+
+# Tracing makes many objects that live for long: the collector would look through all of them again and again.
+gc.freeze()
+gc.set_threshold(50_000, 20, 10)
 
 # Older emitters of code, and one piece of it per program: with both, programs compile in half the time.
 XLA_FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")

@@ -121,3 +121,16 @@ def convnet_problem(batch=8, dtype=jnp.float32):
     """A ConvNet with classification data: predict (with aux), params, batch_stats, inputs, targets, layers."""
     predict, params, batch_stats, *others = _convnet_problem(batch, dtype)
     return predict, fresh(params), fresh(batch_stats), *others
+
+
+class Small(nn.Module):
+    """One convolution with BatchNorm and one dense layer, which compile in a moment."""
+
+    classes: int
+    width: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(3, (3, 3), strides=8)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+        return nn.Dense(self.classes)(x.reshape(len(x), -1))

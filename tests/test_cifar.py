@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from networks import Small
 
 import tkfac_jax as tkfac
 from benchmarks import cifar, cifar_data, factored_damping, runner, trace_damping
@@ -155,19 +156,6 @@ def test_augmentation_is_a_function_of_the_generator():
     )
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
-
-
-class Small(nn.Module):
-    """One convolution with BatchNorm and one dense layer, which compile in a moment."""
-
-    classes: int
-    width: float
-
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.Conv(3, (3, 3), strides=8)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
-        return nn.Dense(self.classes)(x.reshape(len(x), -1))
 
 
 @pytest.fixture
@@ -358,15 +346,15 @@ def test_seeds_are_added_as_they_end_and_beside_those_of_other_commands(small, m
 
 
 def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
-    options = ["--methods", "TKFAC_new", "--seeds", "0", "1", "--tune", "--tuning-epochs", "1"]
+    options = ["--methods", "Adam", "--seeds", "0", "1", "--tune", "--tuning-epochs", "1"]
     options += ["--epochs", "2", "--turn", "4", "--dataset", "cifar10"]
-    two = lambda part, network, steps: {"TKFAC_new": trials(part, network, steps)["TKFAC_new"][:2]}  # noqa: E731
+    two = lambda part, network, steps: {"Adam": trials(part, network, steps)["Adam"][:2]}  # noqa: E731
     trials = cifar.trials
     monkeypatch.setattr(cifar, "trials", two)
     whole = command(monkeypatch, small, small / "whole", *options)
     printed = capsys.readouterr().out
     assert "±" in printed
-    assert len(whole["tuning"]["TKFAC_new"]) == 2
+    assert len(whole["tuning"]["Adam"]) == 2
 
     advance = runner.Run.advance
     calls = []
@@ -522,28 +510,32 @@ def test_the_trace_damping_command_and_its_resumption(small, monkeypatch, capsys
     variants = trace_damping.variants()
     assert len({method.slug for method in variants}) == len(variants)
     chosen = [variants[0], *variants[-3:]]
-    monkeypatch.setattr(trace_damping, "variants", lambda: chosen)
-    ends = []
-    for folder, stops in (("whole", [4]), ("parts", [2, 4])):
-        for steps in stops:
-            out = small / folder
-            options = {
-                "--data-dir": small / "data",
-                "--out-dir": out,
-                "--steps": steps,
-                "--turn": 2,
-            }
-            arguments = [str(part) for option in options.items() for part in option]
-            monkeypatch.setattr(sys, "argv", ["trace_damping", *arguments])
-            trace_damping.main()
-        ends.append(json.loads((out / "trace_damping.json").read_text())["runs"])
+
+    def command(chosen, folder, steps):
+        monkeypatch.setattr(trace_damping, "variants", lambda: chosen)
+        options = {
+            "--data-dir": small / "data",
+            "--out-dir": small / folder,
+            "--steps": steps,
+            "--turn": 2,
+        }
+        arguments = [str(part) for option in options.items() for part in option]
+        monkeypatch.setattr(sys, "argv", ["trace_damping", *arguments])
+        trace_damping.main()
+        return json.loads((small / folder / "trace_damping.json").read_text())["runs"]
+
+    runs = command(chosen, "whole", 4)
     assert "| per location, nu 0.01 | lr 0.001 |" in " ".join(capsys.readouterr().out.split())
-    for whole, parts in zip(*ends, strict=True):
-        assert whole["curve"][-1] | {"seconds": 0} == parts["curve"][-1] | {"seconds": 0}
-        assert whole["traces"] == parts["traces"]
-        assert 0 <= whole["traces"]["smallest"] <= whole["traces"]["largest"]
-        assert whole["traces"]["dense"] > 0
-    assert len({run["curve"][-1]["train_loss"] for run in ends[0]}) == len(chosen)
+    for run in runs:
+        assert 0 <= run["traces"]["smallest"] <= run["traces"]["largest"]
+        assert run["traces"]["dense"] > 0
+    assert len({run["curve"][-1]["train_loss"] for run in runs}) == len(chosen)
+
+    # One of them, in two parts; each run compiles for seconds.
+    command(chosen[-1:], "parts", 2)
+    (parts,) = command(chosen[-1:], "parts", 4)
+    assert parts["curve"][-1] | {"seconds": 0} == runs[-1]["curve"][-1] | {"seconds": 0}
+    assert parts["traces"] == runs[-1]["traces"]
 
 
 def test_the_factored_damping_command(small, monkeypatch, capsys):

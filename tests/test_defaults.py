@@ -4,8 +4,9 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import Small
 from test_benchmarks import make_mnist
-from test_cifar import Small, make_cifar
+from test_cifar import make_cifar
 
 from benchmarks import autoencoder, cifar, defaults, digits, gpt, runner
 

@@ -172,33 +172,38 @@ def test_memory_that_an_action_takes():
 
 
 def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(speed.NETWORKS, "mlp100", lambda: speed.perceptron(3, 8, 16))
+    monkeypatch.setitem(speed.NETWORKS, "mlp100", lambda: speed.perceptron(2, 8, 16))
     small = ResNet(8, widths=(4, 4, 4))
     monkeypatch.setitem(speed.NETWORKS, "resnet20", lambda: speed.on_images(small, 4))
     monkeypatch.setattr(speed, "PEAK_SIZE", 64)
-    arguments = ["speed", "--networks", "mlp100", "resnet20", "--peers", "--repeats", "2"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--out-dir", str(tmp_path)])
-    speed.main()
 
-    (written,) = tmp_path.glob("speed-*.json")
-    results = json.loads(written.read_text())
-    assert set(results) == {"mlp100", "resnet20"}
-    for result in results.values():
-        records = {record["method"]: record for record in result["methods"]}
-        assert list(records) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC", speed.QUARTER]
-        kinds = records["TKFAC"]["kinds"]
-        convolutions = {*speed.APART.values()} if result is results["resnet20"] else set()
-        assert set(kinds) == {*speed.KINDS, speed.APART[speed.STATISTICS], *convolutions}
+    def command(network, *more):
+        arguments = ["speed", "--networks", network, "--repeats", "2", "--peers", *more]
+        monkeypatch.setattr("sys.argv", [*arguments, "--out-dir", str(tmp_path / network)])
+        speed.main()
+        (written,) = (tmp_path / network).glob("speed-*.json")
+        (result,) = json.loads(written.read_text()).values()
+        return {record["method"]: record["kinds"] for record in result["methods"]}
+
+    apart = speed.APART[speed.STATISTICS]
+    of_dense = command("mlp100")
+    assert list(of_dense) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC", speed.QUARTER]
+    assert set(of_dense["TKFAC"]) == {*speed.KINDS, apart}
+    of_quarter = of_dense[speed.QUARTER]
+    assert of_quarter[speed.STATISTICS]["gflop"] < of_dense["TKFAC"][speed.STATISTICS]["gflop"]
+
+    of_convolutions = command("resnet20", "--methods", "SGD-momentum", "TKFAC")
+    assert list(of_convolutions) == ["SGD-momentum", "TKFAC"]
+    assert set(of_convolutions["TKFAC"]) == {*speed.KINDS, *speed.APART.values()}
+    for kinds in (of_dense["TKFAC"], of_convolutions["TKFAC"]):
         for facts in kinds.values():
             assert len(facts["ms"]) == 2
             assert min(facts["ms"]) > 0
         operations = [kinds[kind]["gflop"] for kind in speed.KINDS]
         assert operations == sorted(operations)
-        for kind, apart in speed.APART.items():
-            if apart in kinds:
-                assert kinds[apart]["gflop"] > kinds[kind]["gflop"]
-        of_quarter = records[speed.QUARTER]["kinds"]
-        assert of_quarter[speed.STATISTICS]["gflop"] < kinds[speed.STATISTICS]["gflop"]
+        for kind, of_its_own in speed.APART.items():
+            if of_its_own in kinds:
+                assert kinds[of_its_own]["gflop"] > kinds[kind]["gflop"]
     shown = capsys.readouterr().out
     assert "resnet20: " in shown
     assert "| TKFAC, new statistics, apart" in shown
