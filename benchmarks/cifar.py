@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from filelock import FileLock
 
 import tkfac_jax as tkfac
 from benchmarks.cifar_data import FORMATS, channel_statistics, crop_and_flip, load_split
@@ -330,11 +331,14 @@ def add_results(
     records: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Adds runs to a results file, beside those of the same experiment that it holds by now; returns all of them."""
-    earlier = earlier_results(path, experiment)
-    runs = {_identity(record): record for record in [*earlier["runs"], *records]}
     order = list(NUMBERS)
-    records = sorted(runs.values(), key=lambda run: (run["seed"], order.index(run["method"])))
-    write_results({**experiment, "tuning": {**earlier["tuning"], **tuning}, "runs": records}, path)
+    # Another command may end at the same moment.
+    with FileLock(f"{path}.lock"):
+        earlier = earlier_results(path, experiment)
+        runs = {_identity(record): record for record in [*earlier["runs"], *records]}
+        records = sorted(runs.values(), key=lambda run: (run["seed"], order.index(run["method"])))
+        tuning = {**earlier["tuning"], **tuning}
+        write_results({**experiment, "tuning": tuning, "runs": records}, path)
     return records
 
 

@@ -21,8 +21,10 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
 
 
 def write_results(results: Any, path: Path) -> None:
-    """Writes results as indented JSON, with null for numbers that are not finite."""
-    path.write_text(json.dumps(_finite(results), indent=1, allow_nan=False))
+    """Writes results as indented JSON, with null for numbers that are not finite: all of it, or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(_finite(results), indent=1, allow_nan=False))
+    part.replace(path)
 
 
 def _finite(value: Any) -> Any:

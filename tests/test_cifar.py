@@ -4,6 +4,8 @@ import json
 import shutil
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import flax.linen as nn
 import jax
@@ -343,6 +345,25 @@ def test_seeds_are_added_as_they_end_and_beside_those_of_other_commands(small, m
     results = command(monkeypatch, small, out, *arguments)
     assert seen == [0]
     assert [run["seed"] for run in results["runs"]] == [0, 1, 7]
+
+
+def test_commands_that_end_at_the_same_moment_all_add_their_runs(tmp_path, monkeypatch):
+    path, experiment, write = tmp_path / "results.json", {"epochs": 1}, cifar.write_results
+
+    def slowly(results, path):
+        time.sleep(0.05)
+        write(results, path)
+
+    monkeypatch.setattr(cifar, "write_results", slowly)
+
+    def add(seed):
+        run = {"method": "SGDM", "settings": "lr 1", "seed": seed, "curve": []}
+        cifar.add_results(path, experiment, {}, [run])
+
+    with ThreadPoolExecutor(4) as commands:
+        list(commands.map(add, range(4)))
+    found = json.loads(path.read_text())
+    assert [run["seed"] for run in found["runs"]] == [0, 1, 2, 3]
 
 
 def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):

@@ -375,3 +375,4 @@ def test_results_are_json_for_every_reader(tmp_path):
     received = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     expected = {"runs": [{"curve": [{"loss": None, "step": 3}, {"loss": 1.5}]}], "n": None}
     assert received == expected | {"infinite": None}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
