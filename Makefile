@@ -15,14 +15,13 @@ KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
 RELEASE_TESTS := \
   tests/test_adaptive.py::test_make_train_step_equals_the_step_by_hand \
   tests/test_calls.py \
-  tests/test_composed_layers.py \
+  tests/test_composed_layers.py::test_attention \
   tests/test_distributed.py::test_jit_over_a_mesh \
   tests/test_distributed.py::test_make_train_step_over_a_mesh \
   tests/test_distributed.py::test_pmap \
   'tests/test_distributed.py::test_shard_map[True-True]' \
   tests/test_objective.py \
   tests/test_precondition.py \
-  tests/test_quadratic.py \
   'tests/test_rowwise.py::test_inverses_that_are_divided_over_a_mesh[AxisType.Explicit]' \
   tests/test_rowwise.py::test_layers_whose_calls_are_in_another_function \
   tests/test_train_state.py
