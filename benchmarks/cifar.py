@@ -9,7 +9,8 @@ Batches of 128, cropped at random out of 4 more pixels on each side (black ones)
 batch; cross-entropy without weight decay; momentum 0.9; statistics and inverses every 100 steps. The settings are
 those of Table 2; with `--tune` each method first tries five of the paper's grids, Table 2's and what is next to it,
 on short runs with the whole schedule, and the lowest training loss decides. In part 2 the learning rate is divided by
-10 every 40 of 200 epochs (KFAC, TKFAC) or every 60 (SGDM, Adam), scaled to `--epochs`; in part 1 it is constant.
+10 every 40 of 200 epochs (KFAC, TKFAC) or every 60 (SGDM, Adam), or `--drop`, scaled to `--epochs`; in part 1 it is
+constant.
 
 What the paper leaves open: BatchNorm's parameters are no layers of KFAC and TKFAC; Adam trains them with Table 2's
 setting of Adam and the schedule of their method. Losses and accuracies are those of the model at rest, with
@@ -210,27 +211,38 @@ def adam(setting: Setting, drop: int, steps: int | None) -> optax.GradientTransf
     return optax.adam(schedule(rate, drop, steps), b1=MOMENTUM, eps=epsilon)
 
 
-def make_method(name: str, setting: Setting, fallback: Setting, steps: int | None) -> Method:
-    """A method with a setting; `fallback` is the setting of BatchNorm's Adam, and steps are those of `schedule`."""
+def make_method(
+    name: str, setting: Setting, fallback: Setting, steps: int | None, drop: int | None = None
+) -> Method:
+    """A method with a setting.
+
+    Args:
+      name: the method.
+      setting: its numbers.
+      fallback: the setting of BatchNorm's Adam.
+      steps: those of `schedule`.
+      drop: likewise; by default the paper's for this method.
+    """
     text = ", ".join(
         f"{what} {value:g}" for what, value in zip(NUMBERS[name], setting, strict=True)
     )
-    rate = setting[0]
+    first_order = name in ("SGDM", "Adam")
+    drop = drop or (FIRST_ORDER_DROP if first_order else SECOND_ORDER_DROP)
+    rate = schedule(setting[0], drop, steps)
     if name == "SGDM":
-        sgdm = optax.sgd(schedule(rate, FIRST_ORDER_DROP, steps), momentum=MOMENTUM)
-        return Method(name, text, lambda _: sgdm)
+        return Method(name, text, lambda _: optax.sgd(rate, momentum=MOMENTUM))
     if name == "Adam":
-        return Method(name, text, lambda _: adam(setting, FIRST_ORDER_DROP, steps))
+        return Method(name, text, lambda _: adam(setting, drop, steps))
 
     def build(layers: tkfac.Layers) -> optax.GradientTransformationExtraArgs:
         damping = setting[1]
         return (tkfac.kfac if name == "KFAC" else tkfac.tkfac)(
-            schedule(rate, SECOND_ORDER_DROP, steps),
+            rate,
             layers,
             momentum=MOMENTUM,
             damping=tkfac.trace_damping(setting[2], damping) if name == "TKFAC_new" else damping,
             decay=0.95,
-            fallback=adam(fallback, SECOND_ORDER_DROP, steps),
+            fallback=adam(fallback, drop, steps),
         )
 
     rule = tkfac.independent if name == "KFAC" else tkfac.trace_restricted
@@ -254,13 +266,13 @@ def neighbours(name: str, setting: Setting) -> list[Setting]:
     return found
 
 
-def trials(part: int, network: str, steps: int) -> dict[str, list[Method]]:
-    """Five settings of each method for runs of so many steps, Table 2's first."""
+def trials(part: int, network: str, steps: int, drop: int | None = None) -> dict[str, list[Method]]:
+    """Five settings of each method for runs of so many steps, Table 2's first; `drop` as in `make_method`."""
     settings = TABLE_2[part, network]
     horizon = steps if part == 2 else None
     return {
         name: [
-            make_method(name, tried, settings["Adam"], horizon)
+            make_method(name, tried, settings["Adam"], horizon, drop)
             for tried in neighbours(name, setting)
         ]
         for name, setting in settings.items()
@@ -360,6 +372,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--part", type=int, choices=(1, 2), default=2, help="of section 6; 1: constant rates"
     )
+    parser.add_argument(
+        "--drop",
+        type=int,
+        metavar="EPOCHS",
+        help=f"of {WHOLE_RUN} epochs, after how many the learning rates are divided by 10, for all methods alike; "
+        f"by default {SECOND_ORDER_DROP} for KFAC and TKFAC, {FIRST_ORDER_DROP} for SGDM and Adam",
+    )
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the final runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of networks and batches")
     parser.add_argument("--methods", nargs="+", choices=NUMBERS, help="all of the part by default")
@@ -379,6 +398,10 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.part, options.network) not in TABLE_2:
         parser.error(f"Table 2 has no settings of part {options.part} for {options.network}.")
+    if options.drop is not None and (options.drop < 1 or options.part == 1):
+        parser.error(
+            "--drop takes a number of epochs of at least 1, and part 1 has constant rates."
+        )
     if options.examples is not None and options.examples < BATCH_SIZE:
         parser.error(f"--examples {options.examples} is less than a batch of {BATCH_SIZE}.")
     settings = TABLE_2[options.part, options.network]
@@ -400,6 +423,8 @@ def main() -> None:
     epoch = len(data.train[0]) // BATCH_SIZE
     steps, turn = options.epochs * epoch, options.turn or epoch
     title = f"{options.dataset}-{options.network}-width-{options.width:g}-part-{options.part}"
+    if options.drop:
+        title += f"-drop-{options.drop}"
     if options.examples:
         title += f"-examples-{options.examples}"
 
@@ -409,6 +434,7 @@ def main() -> None:
         "width": options.width,
         "part": options.part,
         "epochs": options.epochs,
+        "drop": options.drop,
         "batch_size": BATCH_SIZE,
         "interval": INTERVAL,
         "train_examples": len(data.train[0]),
@@ -422,7 +448,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
 
     seed, tuning_steps = options.seeds[0], options.tuning_epochs * epoch
-    tried = trials(options.part, options.network, tuning_steps)
+    tried = trials(options.part, options.network, tuning_steps, options.drop)
     best, tuning = choose(
         make_problem(seed),
         {name: tried[name] for name in options.methods},
@@ -437,7 +463,7 @@ def main() -> None:
     if tuning:
         print(tuning_table(tuning))
     # The same settings with the schedule of the final runs.
-    final = trials(options.part, options.network, steps)
+    final = trials(options.part, options.network, steps, options.drop)
     methods = [
         next(method for method in final[found.name] if method.settings == found.settings)
         for found in best

@@ -240,6 +240,24 @@ def test_rates_drop_as_in_the_paper(drop, expected):
     assert cifar.schedule(0.3, drop, None) == 0.3
 
 
+@pytest.mark.parametrize(
+    ("name", "drop", "expected"),
+    [("SGDM", None, 60), ("Adam", 40, 40), ("TKFAC_nor", None, 40), ("TKFAC_nor", 60, 60)],
+)
+def test_when_rates_drop(name, drop, expected, monkeypatch):
+    """Those of the parameters that are left to the fallback, too."""
+    schedule, drops = cifar.schedule, []
+    monkeypatch.setattr(
+        cifar,
+        "schedule",
+        lambda rate, drop, steps: drops.append(drop) or schedule(rate, drop, steps),
+    )
+    layers, _ = conv_and_dense(1.0, 1.0)
+    method = cifar.make_method(name, cifar.RESNET_SETTINGS[name], (1e-3, 1e-8), 100, drop)
+    method.build(layers)
+    assert set(drops) == {expected}
+
+
 @pytest.mark.parametrize("experiment", cifar.TABLE_2)
 def test_every_method_has_five_trials_on_the_grids_and_table_2_comes_first(experiment):
     settings = cifar.TABLE_2[experiment]
@@ -318,6 +336,10 @@ def test_runs_of_the_same_experiment_are_kept(small, monkeypatch):
     found = [(run["method"], run["seed"]) for run in second["runs"]]
     assert found == [("SGDM", 0), ("Adam", 0), ("SGDM", 1), ("Adam", 1)]
     assert first["runs"] == [second["runs"][1]]
+    # Another schedule has a file of its own.
+    alike = ["--epochs", "1", "--methods", "SGDM", "--drop", "40"]
+    assert command(monkeypatch, small, small / "alike", *alike)["drop"] == 40
+    assert (small / "alike" / "cifar10-resnet20-width-1-part-2-drop-40.json").exists()
     # Other numbers of steps are another experiment, whose file this is not.
     with pytest.raises(
         SystemExit, match="another experiment, by its epochs: give another --out-dir"
@@ -369,7 +391,7 @@ def test_commands_that_end_at_the_same_moment_all_add_their_runs(tmp_path, monke
 def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
     options = ["--methods", "Adam", "--seeds", "0", "1", "--tune", "--tuning-epochs", "1"]
     options += ["--epochs", "2", "--turn", "4", "--dataset", "cifar10"]
-    two = lambda part, network, steps: {"Adam": trials(part, network, steps)["Adam"][:2]}  # noqa: E731
+    two = lambda *args: {"Adam": trials(*args)["Adam"][:2]}  # noqa: E731
     trials = cifar.trials
     monkeypatch.setattr(cifar, "trials", two)
     whole = command(monkeypatch, small, small / "whole", *options)
@@ -420,6 +442,11 @@ def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
         (
             ["--part", "1", "--network", "vgg16", "--methods", "TKFAC_new"],
             "part 1 of the paper is without TKFAC_new",
+        ),
+        (["--drop", "0"], "--drop takes a number of epochs of at least 1"),
+        (
+            ["--part", "1", "--network", "vgg16", "--drop", "60"],
+            "part 1 has constant rates",
         ),
         (["--examples", "127"], "--examples 127 is less than a batch of 128"),
     ],
