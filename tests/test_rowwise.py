@@ -655,6 +655,37 @@ def test_a_kernel_that_serves_for_something_else_makes_its_step_from_the_gradien
     check_uses(names, 3 * (FROM_ROWS["plain"] - fewer))
 
 
+@pytest.mark.parametrize(
+    ("changed", "doubtful", "kept"),
+    [
+        (lambda outputs, params: outputs, [], 3),
+        (lambda outputs, params: outputs + params["Dense_0"]["bias"][0], ["Dense_0"], 2),
+        # Nothing of it comes back.
+        (
+            lambda outputs, params: jax.jit(lambda y, w: y)(outputs, params["Dense_1"]["kernel"]),
+            ["Dense_1"],
+            3,
+        ),
+        (lambda outputs, params: outputs * params["LayerNorm_0"]["scale"][:CLASSES], [], 3),
+    ],
+    ids=["for nothing else", "outputs", "an unused argument", "no kernel"],
+)
+def test_only_kernels_that_may_serve_for_something_else_are_traced_again(
+    changed, doubtful, kept, monkeypatch
+):
+    predict, params, x, _, layers = problem()
+    original, asked = rowwise.used_elsewhere, []
+
+    def noted(fun, params, specs):
+        asked.extend(spec.name for spec in specs)
+        return original(fun, params, specs)
+
+    monkeypatch.setattr(rowwise, "used_elsewhere", noted)
+    found = rowwise.KeptRows(layers, lambda p: changed(predict(p, x), p), params)
+    assert asked == doubtful
+    assert len(found.zero_slots(frozenset())) == kept
+
+
 def test_under_pmap_steps_are_averaged(monkeypatch):
     predict, params, x, y, layers = problem()
     optimizer, devices = tkfac.tkfac(0.05, layers, damping=0.1), 2

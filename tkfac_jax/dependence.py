@@ -26,7 +26,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from tkfac_jax.calls import Call, LayerCall, observing
-from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
+from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves, visible_leaves
 from tkfac_jax.routes import Routes, split_arrays
 
 # A number of copies, and of examples, that no axis of a model's own has. Nothing is computed; but JAX traces a
@@ -165,9 +165,7 @@ def used_elsewhere(
             def of_inputs(kernel: str, layer: LayerCall) -> Array:
                 del kernel
                 # Of the inputs alone; but with their copies, if a kernel is in them.
-                inputs: Any = layer.inputs
-                inputs = inputs() if callable(inputs) else inputs
-                return jnp.full(layer.output.shape, jnp.sum(inputs).astype(layer.output.dtype))
+                return jnp.full(layer.output.shape, _of_inputs(layer))
 
             with _changing(routes, kernels, of_inputs):
                 return fun(routes.params)
@@ -184,7 +182,7 @@ def direct_calls(
     params: Any,
     specs: Sequence[LayerSpec],
     note: Callable[[LayerSpec, LayerCall], Noted | None],
-) -> dict[str, list[Noted]]:
+) -> tuple[dict[str, list[Noted]], frozenset[str]]:
     """The layers all of whose calls the function makes itself, once each: in no loop, branch or transformed function.
 
     The function is traced, abstractly, and its own operations are looked through for the outputs of the calls.
@@ -196,7 +194,8 @@ def direct_calls(
       note: what is to be known of a call; None leaves the layer out.
 
     Returns:
-      By name of a layer, what was noted of its calls, in their order.
+      By name of such a layer, what was noted of its calls, in their order; and the layers, of all, whose kernel and
+      bias are seen to reach the outputs through calls of their layer only.
     """
     spec_of = {spec.kernel: spec for spec in specs}
     noted: dict[str, list[Noted]] = {}
@@ -215,20 +214,65 @@ def direct_calls(
             noted.setdefault(spec.name, []).append(found)
             mark = f"{MARK}{len(marked)}"
             marked[mark] = spec.name, layer.output.shape
+            # What stands for the inputs goes along, so that they are found by way of the mark.
+            output, _ = jax.lax.optimization_barrier((layer.output, _of_inputs(layer)))
             # The pull-back of a derivative inside is not that of the function.
-            return checkpoint_name(_note_derivatives(spec.name, left_out)(layer.output), mark)
+            return _note_derivatives(spec.name, left_out)(checkpoint_name(output, mark))
 
         with _changing(routes, spec_of, marking):
             return fun(routes.params)
 
+    jaxpr = jax.make_jaxpr(watched)(params).jaxpr
     places: Counter[str] = Counter()
-    for operation in jax.make_jaxpr(watched)(params).eqns:
-        mark = operation.params["name"] if operation.primitive.name == "name" else None
+    for operation in jaxpr.eqns:
+        mark = _mark_of(operation)
         # A call that is mapped has an axis more here.
         if mark in marked and operation.outvars[0].aval.shape == marked[mark][1]:
             places[mark] += 1
     left_out |= {name for mark, (name, _) in marked.items() if places[mark] != 1}
-    return {name: found for name, found in noted.items() if name not in left_out}
+    reached = _reached_beside(marked, jaxpr)
+    names = zip(jaxpr.invars, visible_leaves(params), strict=True)
+    elsewhere = {name for variable, name in names if variable in reached}
+    alone = frozenset(spec.name for spec in specs if not elsewhere & {spec.kernel, spec.bias})
+    return {name: found for name, found in noted.items() if name not in left_out}, alone
+
+
+def _reached_beside(marked: Container[str | None], jaxpr: Any) -> set[Any]:
+    """The variables that the outputs may depend on, were the marked outputs of calls functions of their inputs alone.
+
+    A function that is called counts as if all of its outputs depended on all that it is given.
+    """
+    source = {variable: operation for operation in jaxpr.eqns for variable in operation.outvars}
+
+    def inputs(operation: Any) -> Any:
+        if _mark_of(operation) in marked:
+            barrier = source.get(operation.invars[0])
+            if barrier is not None and barrier.primitive.name == "optimization_barrier":
+                return barrier.invars[1:]
+        return operation.invars
+
+    reached: set[Any] = set()
+    ahead = list(jaxpr.outvars)
+    while ahead:
+        variable = ahead.pop()
+        # Literals are no variables.
+        if hasattr(variable, "val") or variable in reached:
+            continue
+        reached.add(variable)
+        if variable in source:
+            ahead.extend(inputs(source[variable]))
+    return reached
+
+
+def _mark_of(operation: Any) -> str | None:
+    return operation.params["name"] if operation.primitive.name == "name" else None
+
+
+def _of_inputs(layer: LayerCall) -> Array:
+    """A number that depends on all of a call's inputs, and on nothing else."""
+    inputs: Any = layer.inputs
+    inputs = inputs() if callable(inputs) else inputs
+    return jnp.sum(inputs).astype(layer.output.dtype)
 
 
 def is_independent(fun: Callable[[Any], Any], arrays: Any) -> bool:

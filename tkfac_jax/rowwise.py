@@ -101,14 +101,15 @@ class KeptRows:
         self._shapes: dict[str, list[Rows]] = {}
         if not able or is_explicit(params):
             return
-        calls = direct_calls(outputs, params, able, _shapes_of_rows)
+        calls, alone = direct_calls(outputs, params, able, _shapes_of_rows)
         gaining = [
             spec
             for spec in able
             if spec.name in calls and _saving(spec, calls[spec.name]) >= SMALLEST_SAVING
         ]
         # What else a kernel does for the outputs is in its gradient, and in no rows.
-        others = used_elsewhere(outputs, params, gaining)
+        doubtful = [spec for spec in gaining if spec.name not in alone]
+        others = used_elsewhere(outputs, params, doubtful)
         self._shapes = {spec.name: calls[spec.name] for spec in gaining if spec.name not in others}
 
     def zero_slots(self, axes: frozenset[str]) -> dict[str, list[Rows]]:
