@@ -282,7 +282,7 @@ def trials(part: int, network: str, steps: int, drop: int | None = None) -> dict
 def results_table(records: Sequence[dict[str, Any]]) -> str:
     """What each method reached at the end, over its seeds: mean and standard deviation."""
     rows = [("method", "settings", "test accuracy (%)", "training loss", "ms per step")]
-    for runs in by_method(records):
+    for runs in by_setting(records):
         ends = [run["curve"][-1] for run in runs]
         rows.append(
             (
@@ -296,10 +296,12 @@ def results_table(records: Sequence[dict[str, Any]]) -> str:
     return table(rows)
 
 
-def by_method(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The runs of each method, in the order in which methods come."""
-    names = dict.fromkeys(record["method"] for record in records)
-    return [[record for record in records if record["method"] == name] for name in names]
+def by_setting(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The runs of each method with each of its settings, in the order in which they come."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["method"], record["settings"]), []).append(record)
+    return list(groups.values())
 
 
 def run_seed(
@@ -484,7 +486,7 @@ def main() -> None:
     picture = options.out_dir / f"{title}.png"
     means = [
         {**runs[0], "curve": mean_curve([run["curve"] for run in runs])}
-        for runs in by_method(records)
+        for runs in by_setting(records)
     ]
     shown = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
     plot_curves(means, epoch, shown, picture)

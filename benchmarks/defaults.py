@@ -26,7 +26,7 @@ import optax
 
 import tkfac_jax as tkfac
 from benchmarks import autoencoder, cifar, digits, gpt
-from benchmarks.cifar import by_method
+from benchmarks.cifar import by_setting
 from benchmarks.figures import mean_and_deviation, mean_curve, plot_curves, table
 from benchmarks.runner import Method, Problem, Run, environment, race
 from benchmarks.series import write_results
@@ -110,7 +110,7 @@ def results_table(records: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     rows = [("task", "method", "training loss", "test", "ms per step")]
     for name, runs in records.items():
         key, called, form = TASKS[name].test
-        for own in by_method(runs):
+        for own in by_setting(runs):
             ends = [run["curve"][-1] for run in own]
             rows.append(
                 (
@@ -168,7 +168,7 @@ def main() -> None:
             records[name] += more
         means = [
             {**runs[0], "curve": mean_curve([run["curve"] for run in runs])}
-            for runs in by_method(records[name])
+            for runs in by_setting(records[name])
         ]
         plot_curves(means, epoch, shown, options.out_dir / f"{name}.png")
     print(results_table(records))

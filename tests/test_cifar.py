@@ -476,6 +476,23 @@ def test_mean_and_deviation():
     assert mean_and_deviation([2.0, 4.0], ".3f") == "3.000 ± 1.414"
 
 
+def test_runs_with_other_settings_are_no_seeds_of_the_same():
+    def run(settings, seed, accuracy):
+        end = {"test_accuracy": accuracy, "train_loss": 1.0}
+        return {
+            "method": "Adam",
+            "settings": settings,
+            "seed": seed,
+            "median_step_ms": 2.0,
+            "curve": [end],
+        }
+
+    runs = [run("lr 1", 0, 0.5), run("lr 2", 0, 0.8), run("lr 1", 1, 0.6), run("lr 2", 1, 0.8)]
+    rows = cifar.results_table(runs).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
+    assert cells == [["Adam", "lr 1", "55.00 ± 7.07"], ["Adam", "lr 2", "80.00 ± 0.00"]]
+
+
 def test_mean_curve_takes_the_steps_that_all_have():
     curves = [
         [{"step": 0, "loss": 1.0}, {"step": 5, "loss": 2.0}],
