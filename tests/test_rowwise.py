@@ -169,6 +169,7 @@ def watched():
 
 OPTIMIZERS = {
     "plain": lambda layers: tkfac.tkfac(0.05, layers, damping=0.1),
+    "moments": lambda layers: tkfac.tkfac(0.05, layers, damping=0.1, averaging="moments"),
     "norm constraint": lambda layers: tkfac.tkfac(0.1, layers, damping=0.1, norm_constraint=1e-2),
     "adaptive": lambda layers: tkfac.adaptive_tkfac(
         layers, tkfac.Categorical(), initial_damping=0.1, damping_interval=None
@@ -188,6 +189,7 @@ OPTIMIZERS = {
 # A gradient that something has changed is not that of the rows; and one that is used besides costs its product.
 FROM_ROWS = {
     "plain": 3,
+    "moments": 3,
     "norm constraint": 1,
     "adaptive": 1,
     "l2": 0,
