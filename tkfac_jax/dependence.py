@@ -26,7 +26,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from tkfac_jax.calls import Call, LayerCall, observing
-from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves, visible_leaves
+from tkfac_jax.layers import LayerSpec, named_leaves, parameter_name, replace_leaves
 from tkfac_jax.routes import Routes, split_arrays
 
 # A number of copies, and of examples, that no axis of a model's own has. Nothing is computed; but JAX traces a
@@ -231,8 +231,8 @@ def direct_calls(
             places[mark] += 1
     left_out |= {name for mark, (name, _) in marked.items() if places[mark] != 1}
     reached = _reached_beside(marked, jaxpr)
-    names = zip(jaxpr.invars, visible_leaves(params), strict=True)
-    elsewhere = {name for variable, name in names if variable in reached}
+    leaves = zip(jaxpr.invars, jax.tree_util.tree_leaves_with_path(params), strict=True)
+    elsewhere = {parameter_name(path) for variable, (path, _) in leaves if variable in reached}
     alone = frozenset(spec.name for spec in specs if not elsewhere & {spec.kernel, spec.bias})
     return {name: found for name, found in noted.items() if name not in left_out}, alone
 
