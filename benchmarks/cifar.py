@@ -13,10 +13,10 @@ on short runs with the whole schedule, and the lowest training loss decides. In 
 constant.
 
 What the paper leaves open: BatchNorm's parameters are no layers of KFAC and TKFAC; Adam trains them with Table 2's
-setting of Adam and the schedule of their method. Losses and accuracies are those of the model at rest, with
-BatchNorm's running averages and images as they are, over all of the test set and the first `--evaluation-examples`
-of the training set. ResNet20 has 16, 32 and 64 channels as He et al. define it, with 0.27 million parameters;
-`--width 4` gives it the 64, 128 and 256 of the code that accompanies the paper.
+setting of Adam (or at `--fallback-rate`) and the schedule of their method. Losses and accuracies are those of the
+model at rest, with BatchNorm's running averages and images as they are, over all of the test set and the first
+`--evaluation-examples` of the training set. ResNet20 has 16, 32 and 64 channels as He et al. define it, with 0.27
+million parameters; `--width 4` gives it the 64, 128 and 256 of the code that accompanies the paper.
 
 All methods of a seed advance in turns, and runs that are stopped go on where they were when the command is given
 again. What a results file of the same experiment in the directory already holds, trials of as many steps too, is kept
@@ -266,14 +266,29 @@ def neighbours(name: str, setting: Setting) -> list[Setting]:
     return found
 
 
-def trials(part: int, network: str, steps: int, drop: int | None = None) -> dict[str, list[Method]]:
-    """Five settings of each method for runs of so many steps, Table 2's first; `drop` as in `make_method`."""
+def trials(
+    part: int,
+    network: str,
+    steps: int,
+    drop: int | None = None,
+    fallback_rate: float | None = None,
+) -> dict[str, list[Method]]:
+    """Five settings of each method for runs of so many steps, Table 2's first.
+
+    Args:
+      part: of the paper's section 6.
+      network: one of `NETWORKS`.
+      steps: of a run.
+      drop: as in `make_method`.
+      fallback_rate: learning rate of BatchNorm's Adam; None: Table 2's of Adam.
+    """
     settings = TABLE_2[part, network]
     horizon = steps if part == 2 else None
+    rate, epsilon = settings["Adam"]
+    fallback = (rate if fallback_rate is None else fallback_rate, epsilon)
     return {
         name: [
-            make_method(name, tried, settings["Adam"], horizon, drop)
-            for tried in neighbours(name, setting)
+            make_method(name, tried, fallback, horizon, drop) for tried in neighbours(name, setting)
         ]
         for name, setting in settings.items()
     }
@@ -381,6 +396,13 @@ def parse_options() -> argparse.Namespace:
         help=f"of {WHOLE_RUN} epochs, after how many the learning rates are divided by 10, for all methods alike; "
         f"by default {SECOND_ORDER_DROP} for KFAC and TKFAC, {FIRST_ORDER_DROP} for SGDM and Adam",
     )
+    parser.add_argument(
+        "--fallback-rate",
+        type=float,
+        metavar="RATE",
+        help="learning rate of the Adam that trains BatchNorm's parameters beside KFAC and TKFAC; "
+        "by default Table 2's of Adam",
+    )
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the final runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of networks and batches")
     parser.add_argument("--methods", nargs="+", choices=NUMBERS, help="all of the part by default")
@@ -404,6 +426,8 @@ def parse_options() -> argparse.Namespace:
         parser.error(
             "--drop takes a number of epochs of at least 1, and part 1 has constant rates."
         )
+    if options.fallback_rate is not None and options.fallback_rate < 0:
+        parser.error(f"--fallback-rate {options.fallback_rate:g} is negative.")
     if options.examples is not None and options.examples < BATCH_SIZE:
         parser.error(f"--examples {options.examples} is less than a batch of {BATCH_SIZE}.")
     settings = TABLE_2[options.part, options.network]
@@ -427,6 +451,8 @@ def main() -> None:
     title = f"{options.dataset}-{options.network}-width-{options.width:g}-part-{options.part}"
     if options.drop:
         title += f"-drop-{options.drop}"
+    if options.fallback_rate is not None:
+        title += f"-fallback-rate-{options.fallback_rate:g}"
     if options.examples:
         title += f"-examples-{options.examples}"
 
@@ -437,6 +463,7 @@ def main() -> None:
         "part": options.part,
         "epochs": options.epochs,
         "drop": options.drop,
+        "fallback_rate": options.fallback_rate,
         "batch_size": BATCH_SIZE,
         "interval": INTERVAL,
         "train_examples": len(data.train[0]),
@@ -450,7 +477,8 @@ def main() -> None:
         raise SystemExit(str(error)) from None
 
     seed, tuning_steps = options.seeds[0], options.tuning_epochs * epoch
-    tried = trials(options.part, options.network, tuning_steps, options.drop)
+    schedule_and_fallback = options.drop, options.fallback_rate
+    tried = trials(options.part, options.network, tuning_steps, *schedule_and_fallback)
     best, tuning = choose(
         make_problem(seed),
         {name: tried[name] for name in options.methods},
@@ -465,7 +493,7 @@ def main() -> None:
     if tuning:
         print(tuning_table(tuning))
     # The same settings with the schedule of the final runs.
-    final = trials(options.part, options.network, steps, options.drop)
+    final = trials(options.part, options.network, steps, *schedule_and_fallback)
     methods = [
         next(method for method in final[found.name] if method.settings == found.settings)
         for found in best

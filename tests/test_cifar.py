@@ -258,6 +258,20 @@ def test_when_rates_drop(name, drop, expected, monkeypatch):
     assert set(drops) == {expected}
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(None, 1e-3), (3e-3, 3e-3), (0.0, 0.0)])
+def test_rate_of_batch_norms_adam(rate, expected, monkeypatch):
+    fallbacks, adam = [], cifar.adam
+    monkeypatch.setattr(
+        cifar, "adam", lambda setting, *rest: fallbacks.append(setting) or adam(setting, *rest)
+    )
+    layers, _ = conv_and_dense(1.0, 1.0)
+    for name, methods in cifar.trials(2, "resnet20", 100, None, rate).items():
+        for method in methods:
+            if name in ("KFAC", "TKFAC_nor", "TKFAC_new"):
+                method.build(layers)
+    assert set(fallbacks) == {(expected, 1e-8)}
+
+
 @pytest.mark.parametrize("experiment", cifar.TABLE_2)
 def test_every_method_has_five_trials_on_the_grids_and_table_2_comes_first(experiment):
     settings = cifar.TABLE_2[experiment]
@@ -336,10 +350,12 @@ def test_runs_of_the_same_experiment_are_kept(small, monkeypatch):
     found = [(run["method"], run["seed"]) for run in second["runs"]]
     assert found == [("SGDM", 0), ("Adam", 0), ("SGDM", 1), ("Adam", 1)]
     assert first["runs"] == [second["runs"][1]]
-    # Another schedule has a file of its own.
-    alike = ["--epochs", "1", "--methods", "SGDM", "--drop", "40"]
-    assert command(monkeypatch, small, small / "alike", *alike)["drop"] == 40
-    assert (small / "alike" / "cifar10-resnet20-width-1-part-2-drop-40.json").exists()
+    # Another schedule and another rate of BatchNorm's Adam have a file of their own.
+    others = ["--epochs", "1", "--methods", "SGDM", "--drop", "40", "--fallback-rate", "3e-3"]
+    other = command(monkeypatch, small, small / "other", *others)
+    assert (other["drop"], other["fallback_rate"]) == (40, 3e-3)
+    title = "cifar10-resnet20-width-1-part-2-drop-40-fallback-rate-0.003"
+    assert (small / "other" / f"{title}.json").exists()
     # Other numbers of steps are another experiment, whose file this is not.
     with pytest.raises(
         SystemExit, match="another experiment, by its epochs: give another --out-dir"
@@ -448,6 +464,7 @@ def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
             ["--part", "1", "--network", "vgg16", "--drop", "60"],
             "part 1 has constant rates",
         ),
+        (["--fallback-rate", "-1"], "--fallback-rate -1 is negative"),
         (["--examples", "127"], "--examples 127 is less than a batch of 128"),
     ],
 )
