@@ -261,7 +261,9 @@ class Contender:
             self.optimizer,
             self.layers,
             StepOptions(
-                inverse_interval=1,
+                # With and without new inverses there are steps with new statistics.
+                fisher_interval=1,
+                inverse_interval=2,
                 apart=apart,
                 has_aux=True,
                 statistics_args=method.statistics_args,
@@ -271,7 +273,7 @@ class Contender:
         refresh = "all" if kind in (INVERSES, APART[INVERSES]) else "none"
         # As make_train_step has it on this device.
         on_cpu = jax.default_backend() == "cpu"
-        made = functions.of(Kind(kind != PLAIN, refresh), in_halves=on_cpu)
+        before = None if kind == PLAIN else functions.before(in_halves=on_cpu)
         key = jax.random.key(1)
 
         def with_data(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,11 +291,11 @@ class Contender:
 
             return called
 
-        step = with_data(made.step)
+        step = with_data(functions.step(Kind(kind != PLAIN, refresh), in_halves=on_cpu))
         arguments = (*self.trees, *self.batch)
-        if made.first is None:
+        if before is None:
             return _compiled(lambda *args: step(*args)[:2], *arguments, donated=(0, 1))
-        gather = with_data(made.first)
+        gather = with_data(before)
         first, facts, compile_first = _compiled(gather, *arguments)
         second, more, compile_second = _compiled(
             lambda *args: step(*args)[:2],

@@ -17,7 +17,7 @@ import tkfac_jax as tkfac
 from tkfac_jax import rowwise
 from tkfac_jax.matrices import Layout
 from tkfac_jax.rowwise import precondition_rows
-from tkfac_jax.steps import Kind, StepFunctions, StepOptions
+from tkfac_jax.steps import StepFunctions, StepOptions
 
 KEYS = [jax.random.key(t) for t in range(4)]
 WIDTH = 9
@@ -422,7 +422,7 @@ def test_one_of_the_layers_is_called_in_another_function(monkeypatch):
 
 
 def test_new_inverses_of_a_share_of_the_layers(monkeypatch):
-    """All inverses at first, none in one of four steps, then share after share: three programs of two halves."""
+    """All inverses at first, none in one of four steps, then share after share: the first half tries three kinds."""
     predict, params, x, y, _ = problem()
     assert_same_with_and_without(
         monkeypatch,
@@ -444,6 +444,17 @@ def test_inputs_that_are_whole_numbers(monkeypatch):
     assert_same_with_and_without(monkeypatch, predict, params, x, y, from_rows=FROM_ROWS["plain"])
 
 
+def first_half(predict, optimizer, layers, params, x, y, intervals=(1, 1)):
+    """What the first half of a step hands on, abstractly."""
+    options = StepOptions(*intervals)
+    functions = StepFunctions.build(
+        predict, tkfac.Categorical(), optimizer, layers, options, estimator="empirical"
+    )
+    data = dict.fromkeys(("key", "position_mask", "example_weights")) | {"targets": y}
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.eval_shape(functions.before(in_halves=True), params, state, (x,), data)
+
+
 @pytest.mark.parametrize(
     ("kind", "kept"), [("plain", 3), ("norm constraint", 3), ("clipped", 0), ("watched", 3)]
 )
@@ -451,14 +462,27 @@ def test_rows_that_the_update_does_not_use_are_not_handed_on(kind, kept):
     """Nor are gradients where rows stand for them."""
     predict, params, x, y, layers = problem()
     optimizer = OPTIMIZERS[kind](layers)
-    functions = StepFunctions.build(
-        predict, tkfac.Categorical(), optimizer, layers, StepOptions(1), estimator="empirical"
-    ).of(Kind(True, "all"), in_halves=True)
-    data = dict.fromkeys(("key", "position_mask", "example_weights")) | {"targets": y}
-    state = jax.eval_shape(optimizer.init, params)
-    found = jax.eval_shape(functions.first, params, state, (x,), data)
+    found = first_half(predict, optimizer, layers, params, x, y)
     assert len(found.rows) == kept
     assert (found.gradient["Dense_0"]["kernel"] is None) == (kind == "plain")
+
+
+def test_the_first_half_hands_on_what_any_kind_of_step_uses():
+    """This optimizer looks at the gradient itself in steps without new inverses."""
+    predict, params, x, y, layers = problem()
+    inner = tkfac.tkfac(0.1, layers)
+
+    def update(gradient, state, params=None, *, refresh_inverses, **extra):
+        updates, state = inner.update(
+            gradient, state, params, refresh_inverses=refresh_inverses, **extra
+        )
+        return updates if refresh_inverses else jax.tree.map(jnp.add, updates, gradient), state
+
+    optimizer = optax.GradientTransformationExtraArgs(inner.init, update)
+    for intervals, needed in [((1, 1), False), ((1, 2), True), ((4, 2), False)]:
+        found = first_half(predict, optimizer, layers, params, x, y, intervals)
+        assert len(found.rows) == 3
+        assert (found.gradient["Dense_0"]["kernel"] is not None) == needed
 
 
 def test_a_derivative_inside_the_model(monkeypatch):

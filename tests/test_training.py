@@ -70,6 +70,7 @@ def test_it_equals_the_step_written_by_hand(estimator, fisher_interval, inverse_
 
 
 def test_each_kind_of_step_is_a_program_that_is_traced_once():
+    """On a CPU steps with statistics share the half that traces the model."""
     predict, params, x, y, layers = mlp_problem()
     traces = []
 
@@ -90,7 +91,7 @@ def test_each_kind_of_step_is_a_program_that_is_traced_once():
     for t in range(9):
         params, state, _ = step(params, state, x, targets=y, key=KEYS[0])
         # Statistics and inverses at 0; plain at 1; statistics at 2; then nothing new.
-        assert len(traces) == min(t + 1, 3)
+        assert len(traces) == min(t + 1, 2 if jax.default_backend() == "cpu" else 3)
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "empirical", "exact"])

@@ -3,7 +3,7 @@
 Plain steps are one. Where new statistics come from a program of their own, it is the first of two. Where they come
 with the gradient, a CPU is better served by two halves, the gradient with the statistics and the update: a program asks
 for all of its memory at once, and what is more than some tens of megabytes the system gives anew at each step, page
-by page.
+by page. The first of two is the same for all kinds of steps, and compiled once.
 """
 
 import functools
@@ -45,24 +45,13 @@ class Kind(NamedTuple):
     adapt_damping: bool = False
 
 
-class Functions(NamedTuple):
-    """The functions of a kind of step; `params`, `opt_state`, `args` and `data` are the step's arguments.
-
-    Attributes:
-      first: `(params, opt_state, args, data) -> given`; None: there is one function only.
-      step: `(params, opt_state, args, data[, given]) -> (params, opt_state, metrics)`.
-    """
-
-    first: Callable[..., Any] | None
-    step: Callable[..., Any]
-
-
 class StepOptions(NamedTuple):
     """Options of `make_train_step`, and what follows from them.
 
     Attributes:
+      fisher_interval: as there.
       inverse_interval: as there.
-      shares: over how many shares inverses are spread.
+      shares: over how many shares inverses are spread; 1: they are not.
       apart: new statistics come from a program of their own.
       has_aux: as there.
       steps_from_rows: as there.
@@ -71,6 +60,7 @@ class StepOptions(NamedTuple):
       axis_name: as there.
     """
 
+    fisher_interval: int
     inverse_interval: int
     shares: int = 1
     apart: bool = False
@@ -80,9 +70,15 @@ class StepOptions(NamedTuple):
     model_args: Callable[..., tuple[Any, ...]] | None = None
     axis_name: str | None = None
 
+    def refreshes(self) -> list[Refresh]:
+        """Which inverses steps with new statistics may refresh."""
+        if self.shares > 1:
+            return ["all", "share", "none"]
+        return ["all", "none"] if self.fisher_interval % self.inverse_interval else ["all"]
+
 
 class StepFunctions(NamedTuple):
-    """The functions of all kinds of steps.
+    """The functions of all kinds of steps; `params`, `opt_state`, `args` and `data` are a step's arguments.
 
     Attributes:
       predict: the model.
@@ -137,27 +133,27 @@ class StepFunctions(NamedTuple):
         fisher = fisher_of(estimator, predict, likelihood, layers, num_samples, **common)
         return cls(predict, optimizer, layers, with_statistics, without_statistics, fisher, options)
 
-    def of(self, kind: Kind, *, in_halves: bool = False) -> Functions:
-        """The functions of a kind of step.
+    def before(self, *, in_halves: bool) -> Callable[..., Any] | None:
+        """What comes before all steps with new statistics, as a program of its own.
 
         Args:
-          kind: the kind.
-          in_halves: statistics that come with the gradient make two halves.
+          in_halves: steps whose statistics come with the gradient are made in two halves.
+
+        Returns:
+          `(params, opt_state, args, data) -> given`; None: nothing does.
         """
+        if self.options.apart:
+            return self._statistics
+        return self._first_half if in_halves and self._come_together() else None
 
-        def with_kind(function: Callable[..., Any]) -> Callable[..., Any]:
-            return functools.partial(function, kind)
+    def step(self, kind: Kind, *, in_halves: bool) -> Callable[..., Any]:
+        """A kind of step, `(params, opt_state, args, data[, given]) -> (params, opt_state, metrics)`; see `before`."""
+        halved = in_halves and kind.statistics and self._come_together()
+        return functools.partial(self._second_half if halved else self._whole, kind)
 
-        if kind.statistics and self.options.apart:
-            return Functions(self._statistics, with_kind(self._whole))
-        if in_halves and self._come_together(kind):
-            return Functions(with_kind(self._first_half), with_kind(self._second_half))
-        return Functions(None, with_kind(self._whole))
-
-    def _come_together(self, kind: Kind) -> bool:
+    def _come_together(self) -> bool:
         """Whether statistics come with the gradient, and not from a forward pass of their own."""
-        alone = self.options.apart or self.options.statistics_args is not None
-        return kind.statistics and not alone
+        return not self.options.apart and self.options.statistics_args is None
 
     def _whole(
         self,
@@ -169,8 +165,9 @@ class StepFunctions(NamedTuple):
         statistics: Statistics | None = None,
     ) -> tuple[Any, Any, dict[str, Any]]:
         """A whole step, for which another program may have taken the statistics."""
-        found = self._gather(kind, params, args, data)
-        if kind.statistics and not self._come_together(kind):
+        together = kind.statistics and self._come_together()
+        found = self._gather(params, args, data, with_statistics=together)
+        if kind.statistics and not together:
             if statistics is None:
                 statistics = self._statistics(params, opt_state, args, data)
             found = found._replace(statistics=statistics)
@@ -192,10 +189,13 @@ class StepFunctions(NamedTuple):
         return self.fisher(params, *args, **data)
 
     def _first_half(
-        self, kind: Kind, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
+        self, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
     ) -> Gradients:
-        """What the other half needs: no outputs, no gradients for which rows stand in, no rows that it does not use."""
-        found = self._gather(kind, params, args, data)
+        """What the other half needs: no outputs, no gradients for which rows stand in, no rows that it does not use.
+
+        It does in one kind of step or another; they share this half.
+        """
+        found = self._gather(params, args, data, with_statistics=True)
         leaves = named_leaves(found.gradient)
         own = {
             leaf: leaves[leaf]
@@ -209,7 +209,10 @@ class StepFunctions(NamedTuple):
         def other_half(own: dict[str, Any], rows: dict[str, LayerRows]) -> Any:
             gradient = replace_leaves(found.gradient, own)
             changed = found._replace(gradient=gradient, rows=self._standing_for(gradient, rows))
-            return self._update(kind, params, opt_state, args, data, changed)
+            return [
+                self._update(Kind(True, refresh), params, opt_state, args, data, changed)
+                for refresh in self.options.refreshes()
+            ]
 
         needless = {}
         if own and is_independent(lambda own: other_half(own, rows), own):
@@ -253,10 +256,11 @@ class StepFunctions(NamedTuple):
         }
         return {name: kept._replace(gradient=own[name]) for name, kept in rows.items()}
 
-    def _gather(self, kind: Kind, params: Any, args: Any, data: dict[str, Any]) -> Gradients:
-        """The gradient, and the statistics if they come with it."""
-        together = self._come_together(kind)
-        gradients_of = self.with_statistics if together else self.without_statistics
+    def _gather(
+        self, params: Any, args: Any, data: dict[str, Any], *, with_statistics: bool
+    ) -> Gradients:
+        """The gradient, and statistics with it."""
+        gradients_of = self.with_statistics if with_statistics else self.without_statistics
         return gradients_of(params, *args, **data, keep_rows=self.options.steps_from_rows)
 
     def _update(

@@ -56,9 +56,9 @@ def make_train_step(
 
     Plain steps, steps with new statistics and steps with new inverses are separate programs, so
     that a plain step carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics are two
-    programs, the gradient with the statistics and the update, whose memory is used again at each step. A counter on
-    the host picks; it is read from the state at the first call, and whenever the state is not the one returned last.
-    The buffers of `params` and `opt_state` are donated: use what the step returns.
+    programs, the gradient with the statistics, which they have in common, and the update; their memory is used again
+    at each step. A counter on the host picks; it is read from the state at the first call, and whenever the state is
+    not the one returned last. The buffers of `params` and `opt_state` are donated: use what the step returns.
 
     Args:
       predict: the model, `predict(params, *args) -> outputs`.
@@ -103,15 +103,16 @@ def make_train_step(
     check_interval("inverse_interval", inverse_interval)
     check_estimator(estimator)
     predict = unjitted(predict)
-    num = num_shares(len(layers), inverse_interval)
+    shares = num_shares(len(layers), inverse_interval) if spread_inverses else 1
     functions = StepFunctions.build(
         predict,
         likelihood,
         optimizer,
         layers,
         StepOptions(
+            fisher_interval=fisher_interval,
             inverse_interval=inverse_interval,
-            shares=num,
+            shares=shares,
             apart=takes_statistics_apart(layers, fisher_interval, statistics_apart),
             has_aux=has_aux,
             steps_from_rows=steps_from_rows,
@@ -126,14 +127,17 @@ def make_train_step(
         precision=precision,
     )
 
-    def program(kind: Kind, in_halves: bool) -> Callable[..., Any]:
-        made = functions.of(kind, in_halves=in_halves)
-        step = _compiled(made.step, axis_name, donated=(0, 1))
-        if made.first is None:
-            return step
-        return _in_two(_compiled(made.first, axis_name), step)
+    @functools.cache
+    def before(in_halves: bool) -> Callable[..., Any] | None:
+        function = functions.before(in_halves=in_halves)
+        return None if function is None else _compiled(function, axis_name)
 
-    programs: dict[tuple[Kind, bool], Callable[..., Any]] = {}
+    @functools.cache
+    def program(kind: Kind, in_halves: bool) -> Callable[..., Any]:
+        step = _compiled(functions.step(kind, in_halves=in_halves), axis_name, donated=(0, 1))
+        first = before(in_halves) if kind.statistics else None
+        return step if first is None else _in_two(first, step)
+
     counter = _HostCounter()
 
     def step(
@@ -145,27 +149,25 @@ def make_train_step(
         position_mask: Any = None,
         example_weights: Any = None,
     ) -> Any:
-        number, of = counter.read(opt_state), num if spread_inverses else 1
+        number = counter.read(opt_state)
         kind = (
             Kind(True, "none")
             if counter.warmup_left
             else Kind(
                 number % fisher_interval == 0,
-                _refresh_at(number, inverse_interval, of),
+                _refresh_at(number, inverse_interval, shares),
                 counter.damping_interval > 0 and (number + 1) % counter.damping_interval == 0,
             )
         )
         # What adaptive_tkfac does with the model shares the forward pass of the gradient, within one program.
         in_halves = axis_name is None and not counter.adaptive and counter.on_cpu
-        if (kind, in_halves) not in programs:
-            programs[kind, in_halves] = program(kind, in_halves)
         data = {
             "targets": targets,
             "key": key,
             "position_mask": position_mask,
             "example_weights": example_weights,
         }
-        params, opt_state, metrics = programs[kind, in_halves](params, opt_state, args, data)
+        params, opt_state, metrics = program(kind, in_halves)(params, opt_state, args, data)
         counter.advance(opt_state)
         return params, opt_state, metrics
 
