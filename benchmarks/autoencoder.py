@@ -1,13 +1,14 @@
 """The paper's 8-layer autoencoder on MNIST: SGD-momentum, Adam, KFAC and TKFAC side by side.
 
-    python -m benchmarks.autoencoder --data-dir DIR [--epochs 12] [--out-dir results/autoencoder]
+    python -m benchmarks.autoencoder --data-dir DIR [--epochs 12] [--seeds 0] [--out-dir results/autoencoder]
 
 With `--methods Adam TKFAC "TKFAC adaptive" "kfac-jax adaptive" --tuning-epochs 2 --turn 20 --averaging 0.95` it
 measures what needs no learning rate; kfac-jax wants the environment that `make peers` makes.
 
 784-1000-500-250-30-250-500-1000-784, ReLU, binary cross-entropy summed over pixels, batches of 500.
-First each method tries five settings for `--tuning-epochs`; then all methods run at their best
-setting, in turns of one epoch. Runs that are stopped go on where they were when the command is given again.
+First each method tries five settings for `--tuning-epochs`, with the first seed; then all methods run at their best
+setting with each seed, in turns of one epoch. Tables and picture have the means over the seeds. Runs that are stopped
+go on where they were when the command is given again.
 The official MNIST files are read from DIR, or downloaded there.
 """
 
@@ -28,7 +29,7 @@ import numpy as np
 import optax
 
 import tkfac_jax as tkfac
-from benchmarks.figures import goals_table, plot_curves, results_table, tuning_table
+from benchmarks.figures import goals_table, mean_record, plot_curves, results_table, tuning_table
 from benchmarks.mnist import load_images
 from benchmarks.peers import has_kfac_jax, kfac_jax_adaptive
 from benchmarks.runner import Method, Problem, Run, best_of, environment, race
@@ -179,7 +180,9 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, default=Path("results/autoencoder"))
     parser.add_argument("--epochs", type=int, default=12, help="epochs of the final runs")
     parser.add_argument("--tuning-epochs", type=int, default=5, help="epochs of each trial")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of parameters and batches"
+    )
     parser.add_argument("--methods", nargs="*", choices=list(trials()), default=list(trials())[:4])
     parser.add_argument("--turn", type=int, help="steps between evaluations; an epoch if not given")
     parser.add_argument(
@@ -193,7 +196,8 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    problem = autoencoder_problem(options.data_dir, options.seed, tuple(options.widths))
+    seed, widths = options.seeds[0], tuple(options.widths)
+    problem = autoencoder_problem(options.data_dir, seed, widths)
     epoch = len(problem.inputs) // BATCH_SIZE
     options.out_dir.mkdir(parents=True, exist_ok=True)
     if "kfac-jax adaptive" in options.methods and not has_kfac_jax():
@@ -205,28 +209,34 @@ def main() -> None:
             trials()[name],
             options.tuning_epochs * epoch,
             epoch,
-            options.seed,
-            options.out_dir / f"tuning-{options.tuning_epochs}-epochs-seed-{options.seed}",
+            seed,
+            options.out_dir / f"tuning-{options.tuning_epochs}-epochs-seed-{seed}",
         )
         best.append(method)
     print(tuning_table(tuning, ".2f"))
 
-    checkpoints = options.out_dir / f"checkpoints-seed-{options.seed}"
-    checkpoints.mkdir(exist_ok=True)
-    runs = [
-        Run(problem, method, options.seed, checkpoints, averaging=options.averaging)
+    records = []
+    for seed in options.seeds:
+        checkpoints = options.out_dir / f"checkpoints-seed-{seed}"
+        checkpoints.mkdir(exist_ok=True)
+        problem = autoencoder_problem(options.data_dir, seed, widths)
+        runs = [
+            Run(problem, method, seed, checkpoints, averaging=options.averaging) for method in best
+        ]
+        race(runs, options.epochs * epoch, options.turn or epoch, f"autoencoder, seed {seed}")
+        records += [run.record() | {"seed": seed} for run in runs]
+    means = [
+        mean_record([record for record in records if record["method"] == method.name])
         for method in best
     ]
-    race(runs, options.epochs * epoch, options.turn or epoch, "autoencoder")
-    records = [run.record() for run in runs]
-    print(results_table(records, GOAL, ".2f"))
+    print(results_table(means, GOAL, ".2f"))
     print(
-        goals_table(records, options.goals, {"train_loss": "", "averaged_train_loss": ", averaged"})
+        goals_table(means, options.goals, {"train_loss": "", "averaged_train_loss": ", averaged"})
     )
 
     results = {
         "environment": environment(),
-        "seed": options.seed,
+        "seeds": options.seeds,
         "widths": options.widths,
         "batch_size": BATCH_SIZE,
         "interval": INTERVAL,
@@ -236,7 +246,7 @@ def main() -> None:
     write_results(results, options.out_dir / "autoencoder.json")
     picture = options.out_dir / "autoencoder.png"
     shown = {"train_loss": "training loss", "test_loss": "test loss"}
-    plot_curves(records, epoch, shown, picture)
+    plot_curves(means, epoch, shown, picture)
     print(f"The curves are in {picture}.")
 
 

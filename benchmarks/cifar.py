@@ -46,7 +46,7 @@ from filelock import FileLock
 
 import tkfac_jax as tkfac
 from benchmarks.cifar_data import FORMATS, channel_statistics, crop_and_flip, load_split
-from benchmarks.figures import mean_and_deviation, mean_curve, plot_curves, table, tuning_table
+from benchmarks.figures import mean_and_deviation, mean_record, plot_curves, table, tuning_table
 from benchmarks.networks import VGG16, WIDTHS, ResNet, predict_with_batch_stats
 from benchmarks.runner import Method, Problem, Run, choose, environment, race
 from benchmarks.series import write_results
@@ -512,10 +512,7 @@ def main() -> None:
     print(results_table(records))
 
     picture = options.out_dir / f"{title}.png"
-    means = [
-        {**runs[0], "curve": mean_curve([run["curve"] for run in runs])}
-        for runs in by_setting(records)
-    ]
+    means = [mean_record(runs) for runs in by_setting(records)]
     shown = {"train_loss": "training loss", "test_accuracy": "test accuracy"}
     plot_curves(means, epoch, shown, picture)
     print(f"The curves are in {picture}.")

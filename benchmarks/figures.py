@@ -128,6 +128,13 @@ def mean_curve(curves: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, f
     ]
 
 
+def mean_record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of a method as one, with their mean curve and the mean of their times of a step."""
+    times = [record["median_step_ms"] for record in records]
+    curve = mean_curve([record["curve"] for record in records])
+    return {**records[0], "curve": curve, "median_step_ms": float(np.mean(times))}
+
+
 def plot_curves(
     records: Sequence[dict[str, Any]],
     steps_per_epoch: int | None,

@@ -132,17 +132,22 @@ def test_the_autoencoder_command(small_autoencoder, monkeypatch, capsys):
     monkeypatch.setattr(autoencoder, "trials", lambda: two)
     arguments = ["--data-dir", str(small_autoencoder / "data"), "--out-dir", str(out)]
     arguments += ["--epochs", "2", "--tuning-epochs", "1", "--methods", "Adam", "TKFAC"]
-    arguments += ["--widths", "12", "5", "12"]
+    arguments += ["--widths", "12", "5", "12", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", ["autoencoder", *arguments])
     autoencoder.main()
     results = json.loads((out / "autoencoder.json").read_text())
-    assert [run["method"] for run in results["runs"]] == ["Adam", "TKFAC"]
+    runs = [(run["method"], run["seed"]) for run in results["runs"]]
+    assert runs == [("Adam", 0), ("TKFAC", 0), ("Adam", 1), ("TKFAC", 1)]
+    ends = [run["curve"][-1]["train_loss"] for run in results["runs"]]
+    assert len(set(ends)) == 4
     tried = {name: len(records) for name, records in results["tuning"].items()}
     assert tried == {"Adam": 2, "TKFAC": 2}
     assert results["widths"] == [12, 5, 12]
     assert [point["step"] for point in results["runs"][0]["curve"]] == [0, 4, 8]
     assert (out / "autoencoder.png").stat().st_size > 10_000
-    assert "| TKFAC" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for first, second in zip(ends[:2], ends[2:], strict=True):
+        assert f"| {(first + second) / 2:.2f} |" in " ".join(printed.split())
 
 
 def test_the_digits_command(tmp_path, monkeypatch, capsys):
