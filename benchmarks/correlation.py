@@ -1,6 +1,6 @@
 """How strongly products of activations and gradients are correlated between locations: Figures 7 and 8 of the paper.
 
-    python -m benchmarks.correlation --data-dir DIR [--steps 0 5000 10000] [--seeds 0] [--out-dir results/correlation]
+    python -m benchmarks.correlation --data-dir DIR [--steps 0 5000 10000 | --epochs 0 13 26] [--seeds 0]
 
 `--steps 0 30 60 --interval 10 --turn 30` is a run of a few minutes on two cores. ResNet32 learns CIFAR-10 by TKFAC. A
 product is one entry of `a_i u_i^T`: one number of the patch that location i sees, times one of the gradient there of
@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tkfac_jax as tkfac
-from benchmarks.damping import DAMPING, RATE, arguments, facts, problem_of
+from benchmarks.damping import DAMPING, RATE, add_length, arguments, facts, problem_of, to_steps
 from benchmarks.figures import table
 from benchmarks.runner import Method, Problem, Run, race
 from benchmarks.series import rounded, write_json
@@ -305,9 +305,7 @@ def plot_along_training(found: Mapping[int, Mapping[str, Correlations]], path: P
 def main() -> None:
     """Runs the benchmark."""
     parser = arguments(__doc__, "results/correlation", depth=32)
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[0, 5000, 10000], help="at which it is measured"
-    )
+    add_length(parser, nargs="+", default=[0, 5000, 10000], help="at which it is measured")
     parser.add_argument("--turn", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--examples", type=int, default=1024, help="of the correlations")
     parser.add_argument("--products", type=int, default=32, help="drawn at random, of each layer")
@@ -329,7 +327,10 @@ def main() -> None:
         }
         compute = products_of(problem.predict, problem.likelihood, entries)
         found = {}
-        for step in sorted(options.steps):
+        steps = options.steps
+        if options.epochs is not None:
+            steps = [to_steps(epochs, run) for epochs in options.epochs]
+        for step in sorted(steps):
             written = folder / f"correlations-{step}.npz"
             if not written.exists():
                 advance_to(step, run, options.turn)

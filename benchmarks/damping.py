@@ -1,6 +1,6 @@
 """How large TKFAC's damping is beside the curvature of ResNet20 on CIFAR-10: Figure 3 of the paper.
 
-    python -m benchmarks.damping --data-dir DIR [--steps 2000] [--seeds 0] [--out-dir results/damping]
+    python -m benchmarks.damping --data-dir DIR [--steps 2000 | --epochs 5] [--seeds 0] [--out-dir results/damping]
 
 `--steps 60 --interval 10 --turn 10` is a run of a few minutes on two cores. Three runs side by side: normal damping,
 trace damping, and trace damping without a floor of the traces. Every `--turn` steps the trace and the damping ratios of
@@ -214,6 +214,23 @@ def arguments(doc: str | None, out_dir: str, depth: int) -> argparse.ArgumentPar
     return parser
 
 
+def add_length(parser: argparse.ArgumentParser, **steps: Any) -> None:
+    """The option `--steps`, of that form, and `--epochs` in its place."""
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, **steps)
+    length.add_argument(
+        "--epochs",
+        type=float,
+        nargs=steps.get("nargs"),
+        help="instead of --steps, also parts of one",
+    )
+
+
+def to_steps(epochs: float, run: Run) -> int:
+    """The steps of so many epochs."""
+    return round(epochs * run.steps_per_epoch)
+
+
 def problem_of(options: argparse.Namespace, seed: int) -> tuple[Problem, Path]:
     """What the options say is trained with a seed, and the folder of its checkpoints."""
     folder = options.out_dir / f"checkpoints-seed-{seed}"
@@ -231,7 +248,7 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Runs the benchmark."""
     parser = arguments(__doc__, "results/damping", depth=20)
-    parser.add_argument("--steps", type=int, default=2000)
+    add_length(parser, default=2000)
     parser.add_argument("--turn", type=int, default=100, help="steps between records")
     options = parser.parse_args()
 
@@ -240,7 +257,8 @@ def main() -> None:
         problem, folder = problem_of(options, seed)
         methods = [training_method(name, options.interval) for name in dampings()]
         runs = [WatchedRun(problem, method, seed, folder) for method in methods]
-        race(runs, options.steps, options.turn, f"seed {seed}")
+        steps = options.steps if options.epochs is None else to_steps(options.epochs, runs[0])
+        race(runs, steps, options.turn, f"seed {seed}")
         curves[str(seed)] = {run.method.name: columns(run.curve, 4) for run in runs}
     write_json(facts(options) | {"curves": curves}, options.out_dir / "damping.json")
     for seed, of_seed in curves.items():

@@ -119,10 +119,9 @@ def oracle_layer(pairs):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_what_is_compared_is_what_the_paper_defines(activation, tmp_path, monkeypatch):
     make_mnist(tmp_path, examples=20)
-    monkeypatch.setattr(fisher_error, "HIDDEN", (4, 3, 4))
     # One image of 196 pixels makes the first layer's block the largest by far.
     monkeypatch.setattr(fisher_error, "halve", lambda images: images[:, 300:306])
-    problem, images = fisher_error.fisher_problem(tmp_path, 3, activation, examples=6)
+    problem, images = fisher_error.fisher_problem(tmp_path, 3, activation, 6, hidden=(4, 3, 4))
     assert len(np.unique(images, axis=0)) == 6
     names = ["Dense_0", "Dense_1", "Dense_2", "Dense_3"]
     kernels = [np.asarray(problem.params[name]["kernel"], np.float64) for name in names]
@@ -163,9 +162,8 @@ def test_what_is_counted():
 def test_the_fisher_error_command_and_its_resumption(tmp_path, monkeypatch, command):
     make_mnist(tmp_path, examples=500)
     monkeypatch.setattr(fisher_error, "BATCH_SIZE", 100)
-    monkeypatch.setattr(fisher_error, "HIDDEN", (4, 3, 4))
     monkeypatch.setattr(fisher_error, "halve", lambda images: images[:, 300:306])
-    options = {"data_dir": tmp_path, "examples": 10, "activation": "tanh"}
+    options = {"data_dir": tmp_path, "examples": 10, "activation": "tanh", "width": 4}
     command(fisher_error, **options, seeds=4, epochs=1, out_dir=tmp_path / "parts")
     printed = command(fisher_error, **options, seeds=[0, 4], epochs=2, out_dir=tmp_path / "parts")
     command(fisher_error, **options, seeds=4, epochs=2, out_dir=tmp_path / "whole")
@@ -177,10 +175,11 @@ def test_the_fisher_error_command_and_its_resumption(tmp_path, monkeypatch, comm
     assert list(results["curves"]) == ["0", "4"]
     assert results["curves"]["0"]["step"] == [0, 5, 10]
     assert results["curves"]["0"] != results["curves"]["4"]
-    assert results["summary"]["comparisons"] == 2 * 3 * 4
+    assert results["hidden"] == [4] * 4
+    assert results["summary"]["comparisons"] == 2 * 3 * 5
     assert results["summary"]["bound_violations"] == 0
-    assert "violated in 0 of 24 comparisons" in printed
-    assert "| Dense_3" in printed
+    assert "violated in 0 of 30 comparisons" in printed
+    assert "| Dense_4" in printed
     for picture in ("fisher_error.png", "fisher_blocks.png"):
         assert (tmp_path / "parts" / picture).stat().st_size > 10_000
 
@@ -210,8 +209,9 @@ def test_the_damping_command_and_its_resumption(tmp_path, monkeypatch, command):
     # One of them, in two parts; each run compiles for seconds.
     chosen = {"normal damping": damping.dampings()["normal damping"]}
     monkeypatch.setattr(damping, "dampings", lambda: chosen)
-    for steps in (2, 4):
-        command(damping, **options, steps=steps, out_dir=tmp_path / "parts")
+    # Ten steps are an epoch.
+    for length in ({"steps": 2}, {"epochs": 0.4}):
+        command(damping, **options, **length, out_dir=tmp_path / "parts")
     parts = json.loads((tmp_path / "parts" / "damping.json").read_text())["curves"]["0"]
     assert parts == {"normal damping": curves["normal damping"]}
 
@@ -344,7 +344,7 @@ def test_the_correlation_command_and_its_resumption(tmp_path, command):
     options = {"data_dir": tmp_path, "turn": 2, "examples": 20, "products": 3} | SMALL
     command(correlation, **options, steps=[0, 2], out_dir=tmp_path / "parts")
     printed = command(correlation, **options, steps=[0, 2, 4], out_dir=tmp_path / "parts")
-    command(correlation, **options, steps=[4, 0, 2], out_dir=tmp_path / "whole")
+    command(correlation, **options, epochs=[0.4, 0, 0.2], out_dir=tmp_path / "whole")
     found, whole = (
         json.loads((tmp_path / place / "correlation.json").read_text())["correlations"]["0"]
         for place in ("parts", "whole")
