@@ -7,10 +7,10 @@ Figures 5 and 10: `--part 1 --dataset cifar10 --network vgg16`. Figure 6: `--dat
 
 Batches of 128, cropped at random out of 4 more pixels on each side (black ones) and mirrored at random, anew for every
 batch; cross-entropy without weight decay; momentum 0.9; statistics and inverses every 100 steps. The settings are
-those of Table 2; with `--tune` each method first tries five of the paper's grids, Table 2's and what is next to it,
-on short runs with the whole schedule, and the lowest training loss decides. In part 2 the learning rate is divided by
-10 every 40 of 200 epochs (KFAC, TKFAC) or every 60 (SGDM, Adam), or `--drop`, scaled to `--epochs`; in part 1 it is
-constant.
+those of Table 2, or `--rate` in place of its learning rates; with `--tune` each method first tries five of the paper's
+grids, these and what is next to them, on short runs with the whole schedule, and the lowest training loss decides. In
+part 2 the learning rate is divided by 10 every 40 of 200 epochs (KFAC, TKFAC) or every 60 (SGDM, Adam), or `--drop`,
+scaled to `--epochs`; in part 1 it is constant.
 
 What the paper leaves open: BatchNorm's parameters are no layers of KFAC and TKFAC; Adam trains them with Table 2's
 setting of Adam (or at `--fallback-rate`) and the schedule of their method. Losses and accuracies are those of the
@@ -272,8 +272,9 @@ def trials(
     steps: int,
     drop: int | None = None,
     fallback_rate: float | None = None,
+    rate: float | None = None,
 ) -> dict[str, list[Method]]:
-    """Five settings of each method for runs of so many steps, Table 2's first.
+    """Five settings of each method for runs of so many steps, Table 2's first unless there is a rate.
 
     Args:
       part: of the paper's section 6.
@@ -281,11 +282,14 @@ def trials(
       steps: of a run.
       drop: as in `make_method`.
       fallback_rate: learning rate of BatchNorm's Adam; None: Table 2's of Adam.
+      rate: learning rate of the first setting, one of the grid; None: Table 2's.
     """
     settings = TABLE_2[part, network]
     horizon = steps if part == 2 else None
-    rate, epsilon = settings["Adam"]
-    fallback = (rate if fallback_rate is None else fallback_rate, epsilon)
+    adam_rate, epsilon = settings["Adam"]
+    fallback = (adam_rate if fallback_rate is None else fallback_rate, epsilon)
+    if rate is not None:
+        settings = {name: (rate, *setting[1:]) for name, setting in settings.items()}
     return {
         name: [
             make_method(name, tried, fallback, horizon, drop) for tried in neighbours(name, setting)
@@ -397,6 +401,12 @@ def parse_options() -> argparse.Namespace:
         f"by default {SECOND_ORDER_DROP} for KFAC and TKFAC, {FIRST_ORDER_DROP} for SGDM and Adam",
     )
     parser.add_argument(
+        "--rate",
+        type=float,
+        choices=GRIDS["lr"],
+        help="learning rate of all methods; by default Table 2's of each",
+    )
+    parser.add_argument(
         "--fallback-rate",
         type=float,
         metavar="RATE",
@@ -477,8 +487,8 @@ def main() -> None:
         raise SystemExit(str(error)) from None
 
     seed, tuning_steps = options.seeds[0], options.tuning_epochs * epoch
-    schedule_and_fallback = options.drop, options.fallback_rate
-    tried = trials(options.part, options.network, tuning_steps, *schedule_and_fallback)
+    rates = options.drop, options.fallback_rate, options.rate
+    tried = trials(options.part, options.network, tuning_steps, *rates)
     best, tuning = choose(
         make_problem(seed),
         {name: tried[name] for name in options.methods},
@@ -493,7 +503,7 @@ def main() -> None:
     if tuning:
         print(tuning_table(tuning))
     # The same settings with the schedule of the final runs.
-    final = trials(options.part, options.network, steps, *schedule_and_fallback)
+    final = trials(options.part, options.network, steps, *rates)
     methods = [
         next(method for method in final[found.name] if method.settings == found.settings)
         for found in best

@@ -272,6 +272,25 @@ def test_rate_of_batch_norms_adam(rate, expected, monkeypatch):
     assert set(fallbacks) == {(expected, 1e-8)}
 
 
+def test_a_rate_for_all_methods_leaves_their_other_numbers_and_batch_norms_adam(monkeypatch):
+    fallbacks, adam = [], cifar.adam
+    monkeypatch.setattr(
+        cifar, "adam", lambda setting, *rest: fallbacks.append(setting) or adam(setting, *rest)
+    )
+    layers, _ = conv_and_dense(1.0, 1.0)
+    found = cifar.trials(2, "vgg16", 100, rate=3e-3)
+    assert {name: methods[0].settings for name, methods in found.items()} == {
+        "SGDM": "lr 0.003",
+        "Adam": "lr 0.003, epsilon 1e-08",
+        "KFAC": "lr 0.003, damping 0.001",
+        "TKFAC_nor": "lr 0.003, damping 0.001",
+        "TKFAC_new": "lr 0.003, damping 0.001, floor 1",
+    }
+    found["KFAC"][0].build(layers)
+    # Table 2's of Adam.
+    assert fallbacks == [(3e-4, 1e-8)]
+
+
 @pytest.mark.parametrize("experiment", cifar.TABLE_2)
 def test_every_method_has_five_trials_on_the_grids_and_table_2_comes_first(experiment):
     settings = cifar.TABLE_2[experiment]
@@ -352,7 +371,8 @@ def test_runs_of_the_same_experiment_are_kept(small, monkeypatch):
     assert first["runs"] == [second["runs"][1]]
     # Another schedule and another rate of BatchNorm's Adam have a file of their own.
     others = ["--epochs", "1", "--methods", "SGDM", "--drop", "40", "--fallback-rate", "3e-3"]
-    other = command(monkeypatch, small, small / "other", *others)
+    other = command(monkeypatch, small, small / "other", *others, "--rate", "0.1")
+    assert [run["settings"] for run in other["runs"]] == ["lr 0.1"]
     assert (other["drop"], other["fallback_rate"]) == (40, 3e-3)
     title = "cifar10-resnet20-width-1-part-2-drop-40-fallback-rate-0.003"
     assert (small / "other" / f"{title}.json").exists()
@@ -464,6 +484,7 @@ def test_stopped_commands_go_on_to_the_same_result(small, monkeypatch, capsys):
             ["--part", "1", "--network", "vgg16", "--drop", "60"],
             "part 1 has constant rates",
         ),
+        (["--rate", "0.5"], "argument --rate: invalid choice: 0.5"),
         (["--fallback-rate", "-1"], "--fallback-rate -1 is negative"),
         (["--examples", "127"], "--examples 127 is less than a batch of 128"),
     ],
