@@ -18,6 +18,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,11 @@ def main() -> None:
     options = parser.parse_args()
 
     seed, widths = options.seeds[0], tuple(options.widths)
-    problem = autoencoder_problem(options.data_dir, seed, widths)
+    # The trials and the runs of the first seed share theirs.
+    make_problem = functools.lru_cache(maxsize=1)(
+        lambda seed: autoencoder_problem(options.data_dir, seed, widths)
+    )
+    problem = make_problem(seed)
     epoch = len(problem.inputs) // BATCH_SIZE
     options.out_dir.mkdir(parents=True, exist_ok=True)
     if "kfac-jax adaptive" in options.methods and not has_kfac_jax():
@@ -219,7 +224,7 @@ def main() -> None:
     for seed in options.seeds:
         checkpoints = options.out_dir / f"checkpoints-seed-{seed}"
         checkpoints.mkdir(exist_ok=True)
-        problem = autoencoder_problem(options.data_dir, seed, widths)
+        problem = make_problem(seed)
         runs = [
             Run(problem, method, seed, checkpoints, averaging=options.averaging) for method in best
         ]

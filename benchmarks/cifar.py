@@ -453,8 +453,11 @@ def main() -> None:
     options = parse_options()
     data = load_cifar(options.data_dir, options.dataset).first(options.examples, options.examples)
     model = NETWORKS[options.network](data.classes, options.width)
-    make_problem = functools.partial(
-        cifar_problem, data, model, evaluation_examples=options.evaluation_examples
+    # The trials and the runs of the first seed share theirs.
+    make_problem = functools.lru_cache(maxsize=1)(
+        functools.partial(
+            cifar_problem, data, model, evaluation_examples=options.evaluation_examples
+        )
     )
     epoch = len(data.train[0]) // BATCH_SIZE
     steps, turn = options.epochs * epoch, options.turn or epoch
