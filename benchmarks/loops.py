@@ -8,7 +8,7 @@ there: those of `make_train_step` and of kfac-jax's `Optimizer`, whose own work 
 measured in the environment that `make peers` makes. A loop is a whole cycle of the intervals, or several, of at least
 ten steps; the loops take turns, and what is shown are medians over the turns. Seconds until a method is ready are those
 of its first two loops, compilation included; on a GPU what the compiler has found out for one method's matrix products
-serves the next ones.
+serves the next ones. `--lock FILE` as in `benchmarks.speed`.
 """
 
 import os
@@ -37,6 +37,7 @@ from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment, make_step
 from benchmarks.series import write_results
 from benchmarks.speed import DAMPING, NETWORKS, RATE
+from benchmarks.turns import Turns
 
 SHORTEST_LOOP = 10
 INTERVALS = ("1/5", "10/10", "100/100")
@@ -114,7 +115,13 @@ class Loop:
 
 
 def measure(
-    title: str, problem: Problem, intervals: Sequence[Intervals], repeats: int, *, peer: bool
+    title: str,
+    problem: Problem,
+    intervals: Sequence[Intervals],
+    repeats: int,
+    turns: Turns,
+    *,
+    peer: bool,
 ) -> dict[str, Any]:
     """All methods on a problem, in turns."""
     makers: list[Callable[[int, int], Method]] = [
@@ -128,13 +135,15 @@ def measure(
     plans += [(maker(*pair), pair) for pair in intervals for maker in makers]
     with tqdm(total=len(plans) + repeats, desc=title) as bar:
         loops = []
-        for method, pair in plans:
-            loops.append(Loop(problem, method, pair))
-            bar.update()
-        for _ in range(repeats):
-            for loop in loops:
-                loop.measure()
-            bar.update()
+        with turns.compiling():
+            for method, pair in plans:
+                loops.append(Loop(problem, method, pair))
+                bar.update()
+        with turns.timing():
+            for _ in range(repeats):
+                for loop in loops:
+                    loop.measure()
+                bar.update()
     return {
         "environment": environment(),
         "batch_size": problem.batch_size,
@@ -194,6 +203,7 @@ def main() -> None:
         help="networks on which kfac-jax is measured; on a CPU a step of it on resnet20 takes a minute or more",
     )
     parser.add_argument("--out-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--lock", type=Path, help="a file that processes on one accelerator share")
     options = parser.parse_args()
 
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -202,7 +212,12 @@ def main() -> None:
     peers = options.peers if has_kfac_jax() else []
     for name in options.networks:
         results[name] = measure(
-            name, NETWORKS[name](), options.intervals, options.repeats, peer=name in peers
+            name,
+            NETWORKS[name](),
+            options.intervals,
+            options.repeats,
+            Turns(options.lock),
+            peer=name in peers,
         )
         write_results(results, path)
         print(f"\n{name}, batch of {results[name]['batch_size']}\n")

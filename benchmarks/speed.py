@@ -9,8 +9,12 @@ statistics, or new statistics and new inverses; what a step costs on average at 
 these. "Quarter": statistics over the first quarter of each batch. "Apart": statistics from a program of their own, as
 `make_train_step` takes them where layers are convolutions and the interval is at least 10; averages follow it.
 kfac-jax decides inside its program, so that its averages are measured over whole cycles, likewise the second of two.
+The machine's peak is the rate of a product of large matrices at the highest precision, float32. An accelerator makes
+the products of model and gradient at JAX's default precision, which is faster there; that rate is told as well.
 Seconds of compilation, tracing included, are medians of three unless that takes long, in turns as well: the first
-programs of a process compile faster than later ones.
+programs of a process compile faster than later ones. On a GPU only the first time includes the search for the
+fastest program of each product. `--lock FILE`, the same for several of these processes at once: they compile side by
+side, and each is timed alone.
 """
 
 import os
@@ -42,6 +46,7 @@ from benchmarks.operations import count_operations
 from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
+from benchmarks.turns import Turns
 from tkfac_jax.steps import Kind, StepFunctions, StepOptions, takes_statistics_apart
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
@@ -53,7 +58,7 @@ INTERVALS = ((1, 1), (1, 5), (10, 10), (100, 100))
 # So small that no method leaves its initial parameters.
 RATE = 1e-8
 DAMPING = 0.1
-PEAK_SIZE = 2048
+PEAK_SIZE, ACCELERATOR_PEAK_SIZE = 2048, 8192
 # A program is compiled so often, unless that takes longer than so many seconds.
 COMPILATIONS, COMPILING_S = 3, 10
 # A peer whose steps take longer is measured over one cycle only.
@@ -272,7 +277,7 @@ class Contender:
         )
         refresh = "all" if kind in (INVERSES, APART[INVERSES]) else "none"
         # As make_train_step has it on this device.
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = _on_cpu()
         before = None if kind == PLAIN else functions.before(in_halves=on_cpu)
         key = jax.random.key(1)
 
@@ -451,7 +456,9 @@ def average(
 
 
 def growth_during(action: Callable[[], Any]) -> float | None:
-    """By how many MB the resident memory of this process grows while something runs, on Linux; else None."""
+    """By how many MB the resident memory of this process grows while something runs on a CPU, on Linux; else None."""
+    if not _on_cpu():
+        return None
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -469,10 +476,11 @@ def _resident(name: str) -> float:
 class Peak:
     """The machine's rate in a product of two large matrices."""
 
-    def __init__(self, size: int = PEAK_SIZE):
+    def __init__(self, precision: str):
         """Compiles the product."""
-        self.matrix = jnp.ones((size, size))
-        self.product = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+        size = PEAK_SIZE if _on_cpu() else ACCELERATOR_PEAK_SIZE
+        self.matrix = jax.random.normal(jax.random.key(0), (size, size))
+        self.product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
         self.gflops: list[float] = []
         jax.block_until_ready(self.product(self.matrix))
 
@@ -489,39 +497,55 @@ def measure(
     chosen: Sequence[Method],
     repeats: int,
     peer_intervals: Sequence[tuple[int, int]] = (),
+    turns: Turns | None = None,
 ) -> dict[str, Any]:
     """Some methods on a problem, in turns."""
-    own: list[Contender] = []
+    turns = turns or Turns()
+    contenders: list[Contender | Peer] = []
     rounds = len(chosen) + COMPILATIONS - 1 + bool(peer_intervals) + repeats + 1
     with tqdm(total=rounds, desc=title) as bar:
-        for method in chosen:
-            own.append(Contender(problem, method))
-            bar.update()
-        for _ in range(COMPILATIONS - 1):
-            for contender in own:
-                contender.compile_again()
-            bar.update()
-        contenders: list[Contender | Peer] = [*own]
-        if peer_intervals:
-            contenders.append(Peer(problem, peer_intervals))
-            bar.update()
-        peak = Peak()
-        for _ in range(repeats):
-            peak.measure()
+        with turns.compiling():
+            own: list[Contender] = []
+            for method in chosen:
+                own.append(Contender(problem, method))
+                bar.update()
+            for _ in range(COMPILATIONS - 1):
+                for contender in own:
+                    contender.compile_again()
+                bar.update()
+            contenders += own
+            if peer_intervals:
+                contenders.append(Peer(problem, peer_intervals))
+                bar.update()
+            peaks = [Peak(precision) for precision in ("highest", "default")]
+        with turns.timing():
+            for _ in range(repeats):
+                for peak in peaks:
+                    peak.measure()
+                for contender in contenders:
+                    contender.measure()
+                bar.update()
             for contender in contenders:
-                contender.measure()
+                contender.measure_process()
             bar.update()
-        for contender in contenders:
-            contender.measure_process()
-        bar.update()
+    highest, default = (float(np.median(peak.gflops)) for peak in peaks)
     return {
         "environment": environment(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
         "batch_size": problem.batch_size,
         "repeats": repeats,
-        "peak_gflops": float(np.median(peak.gflops)),
+        "peak_gflops": highest,
+        "peak_gflops_at_default_precision": default,
         "methods": [contender.record() for contender in contenders],
     }
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _shown(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.2f}"
 
 
 def _pair(fisher_interval: int, inverse_interval: int) -> str:
@@ -537,12 +561,12 @@ def times_table(result: Mapping[str, Any]) -> str:
         row = [record["method"]]
         for kind in KINDS:
             facts = record["kinds"].get(kind)
-            row.append("" if facts is None else f"{facts['median_ms']:.0f}")
+            row.append("" if facts is None else _shown(facts["median_ms"]))
         second_order = len(record["kinds"]) != 1
         for pair in pairs:
             known = record["average_ms"].get(pair)
-            shown = second_order and known is not None
-            row.append(f"{known:.0f} ({known / base:.2f})" if shown else "")
+            shown = "" if known is None else f"{_shown(known)} ({known / base:.2f})"
+            row.append(shown if second_order else "")
         rows.append(row)
     return table(rows)
 
@@ -555,10 +579,10 @@ def peers_table(result: Mapping[str, Any]) -> str:
     rows = [["intervals", "kfac-jax, ms", *(f"{name}, ms (ratio)" for name in own)]]
     for pair, milliseconds in peer.items():
         shown = [
-            f"{averages[name][pair]:.0f} ({averages[name][pair] / milliseconds:.3g})"
+            f"{_shown(averages[name][pair])} ({averages[name][pair] / milliseconds:.3g})"
             for name in own
         ]
-        rows.append([pair, f"{milliseconds:.0f}", *shown])
+        rows.append([pair, _shown(milliseconds), *shown])
     return table(rows)
 
 
@@ -613,6 +637,7 @@ def main() -> None:
         help="networks on which kfac-jax is measured; on resnet20 a step of it takes a minute or more",
     )
     parser.add_argument("--out-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--lock", type=Path, help="a file that processes on one accelerator share")
     options = parser.parse_args()
 
     options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -624,13 +649,19 @@ def main() -> None:
         intervals = INTERVALS if name == "autoencoder" else [(1, 5)]
         chosen = [method for method in methods() if method.name in options.methods]
         result = measure(
-            name, NETWORKS[name](), chosen, options.repeats, intervals if name in peers else ()
+            name,
+            NETWORKS[name](),
+            chosen,
+            options.repeats,
+            intervals if name in peers else (),
+            Turns(options.lock),
         )
         results[name] = result
         write_results(results, path)
         print(
             f"\n{name}: {result['parameters']:,} parameters, batch of {result['batch_size']}, "
-            f"matrix products at {result['peak_gflops']:.0f} GFLOP/s\n"
+            f"matrix products at {result['peak_gflops']:.0f} GFLOP/s, "
+            f"{result['peak_gflops_at_default_precision']:.0f} at JAX's default precision\n"
         )
         print(times_table(result), "\n")
         print(programs_table(result), "\n")

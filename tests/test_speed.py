@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import threading
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import tkfac_jax as tkfac
 from benchmarks import loops, speed, subsampling
 from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
+from benchmarks.turns import Turns
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +162,41 @@ def test_the_second_of_two_cycles_is_timed():
     peer._run = lambda pair: made.append(pair) or float(len(made))
     peer.measure()
     assert peer.ms == {(1, 3): [[4, 5, 6]]}
+
+
+def test_processes_with_one_lock_compile_together_and_take_times_alone(tmp_path):
+    turns = Turns(tmp_path / "lock")
+    entered, leave = threading.Event(), threading.Event()
+
+    def time_alone():
+        with turns.timing():
+            entered.set()
+            assert leave.wait(20)
+
+    other = threading.Thread(target=time_alone)
+    with turns.compiling(), turns.compiling():
+        other.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(20)
+    compiled = threading.Event()
+
+    def compile_after():
+        with turns.compiling():
+            compiled.set()
+
+    third = threading.Thread(target=compile_after)
+    third.start()
+    assert not compiled.wait(0.2)
+    leave.set()
+    assert compiled.wait(20)
+    other.join(20)
+    third.join(20)
+
+
+def test_without_a_lock_nothing_waits():
+    turns = Turns()
+    with turns.timing(), turns.timing(), turns.compiling():
+        pass
 
 
 def test_memory_that_an_action_takes():
