@@ -6,7 +6,7 @@ from jax.sharding import AxisType
 from test_inverses import layers_of
 
 import tkfac_jax as tkfac
-from tkfac_jax.division import Devices, Piece, deal, map_matrices
+from tkfac_jax.division import Devices, Piece, Stack, deal, map_matrices
 from tkfac_jax.inverses import invert_factors
 
 
@@ -67,7 +67,12 @@ def on_devices(how, count, function, tree):
 
 @pytest.mark.parametrize("how", ["mesh", "pmap"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_divided_inverses_are_the_inverses(how, count):
+@pytest.mark.parametrize(
+    "inverse",
+    [tkfac.cholesky_inverse, tkfac.newton_schulz_inverse(max_iterations=30, tolerance=1e-5)],
+    ids=["cholesky", "newton_schulz"],
+)
+def test_divided_inverses_are_the_inverses(how, count, inverse):
     sizes = [(5, 3), (5, 5), (2, 3), (4, 4), (4, 6)]
     layers, factors, old = layers_of(sizes, [True, False, True, False, True])
     # One that fails, and one at the scale of rounding, next to what it is filled up with.
@@ -76,9 +81,7 @@ def test_divided_inverses_are_the_inverses(how, count):
     received, failures = on_devices(
         how,
         count,
-        lambda devices, factors: invert_factors(
-            factors, old, layers, tkfac.cholesky_inverse, devices
-        ),
+        lambda devices, factors: invert_factors(factors, old, layers, inverse, devices),
         factors,
     )
     assert {name: int(number) for name, number in failures.items()} == {
@@ -97,14 +100,14 @@ def test_each_device_is_given_its_share_only(how):
     count, shapes = 4, []
 
     def watched(stack):
-        shapes.append(stack.shape)
-        return stack, jnp.ones(len(stack), bool)
+        shapes.append(stack.matrices.shape)
+        return stack.matrices, jnp.ones(len(stack.matrices), bool)
 
     # In parts, of which the last one is divided: a matrix of it fills up the round of the larger ones.
     matrices = np.random.default_rng(0).normal(size=(9, 6, 6))
     groups = {
-        6: [jnp.asarray(matrices[:4]), jnp.asarray(matrices[4:])],
-        3: [jnp.asarray(matrices[:2, :3, :3]), jnp.asarray(matrices[2:5, :3, :3])],
+        6: [Stack(jnp.asarray(matrices[:4])), Stack(jnp.asarray(matrices[4:]))],
+        3: [Stack(jnp.asarray(matrices[:2, :3, :3])), Stack(jnp.asarray(matrices[2:5, :3, :3]))],
     }
     received = on_devices(
         how, count, lambda devices, groups: map_matrices(watched, groups, devices), groups
@@ -112,4 +115,5 @@ def test_each_device_is_given_its_share_only(how):
     # Nine of size 6 and three of size 3 are three rounds of four devices; two of size 3 are left.
     assert set(shapes) == {(3, 6, 6), (1, 3, 3)}
     for size, (stack, _) in received.items():
-        np.testing.assert_array_equal(stack, jnp.concatenate(groups[size]))
+        given = [part.matrices for part in groups[size]]
+        np.testing.assert_array_equal(stack, jnp.concatenate(given))

@@ -13,7 +13,7 @@ import pytest
 from test_benchmarks import make_mnist
 
 import tkfac_jax as tkfac
-from benchmarks import loops, speed, subsampling
+from benchmarks import inverses, loops, speed, subsampling
 from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
 from benchmarks.turns import Turns
@@ -355,3 +355,42 @@ def test_statistics_over_parts_of_a_batch_at_small_size(tmp_path, monkeypatch, c
     assert len(set(starts)) == 1
     assert len(set(ends)) == 4
     assert "| 125 examples" in capsys.readouterr().out
+
+
+def test_inverses_at_small_size(tmp_path, monkeypatch, capsys):
+    pixels, batch_size = 6, 16
+    small = speed.perceptron(2, pixels, 2 * batch_size)
+    small = small._replace(
+        evaluate=lambda params, _: {"train_loss": float(optax.tree.norm(params))}
+    )
+    monkeypatch.setattr(inverses, "autoencoder_problem", lambda *_: small)
+    monkeypatch.setattr("benchmarks.autoencoder.PIXELS", pixels)
+    for name, value in (
+        ("PIXELS", pixels),
+        ("BATCH_SIZE", batch_size),
+        ("BATCHES", 3),
+        ("TURN", 4),
+        ("SETTLED", 4),
+    ):
+        monkeypatch.setattr(inverses, name, value)
+    arguments = ["inverses", "--widths", "12", "--intervals", "2/4", "--steps", "12"]
+    places = ["--data-dir", str(tmp_path), "--out-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*arguments, *places])
+    inverses.main()
+    (written,) = tmp_path.glob("inverses-*.json")
+    results = json.loads(written.read_text())
+    names = ["Cholesky", "Newton-Schulz"]
+    assert [record["inverse"] for record in results["alone"]] == names
+    assert [record["inverse"] for record in results["runs"]] == names
+    for record in results["alone"]:
+        assert record["failed_inversions"] == 0
+        assert record["error"] < 1e-3
+        assert min(record["ms"], record["at_once_ms"]) > 0
+    for record in results["runs"]:
+        assert (record["steps"], record["turn"], len(record["ms"])) == (12, 4, 3)
+        assert record["first_ms"] == record["ms"][0]
+        assert record["median_ms"] == np.mean(record["ms"][1:])
+    losses = [record["train_loss"] for record in results["runs"]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    shown = capsys.readouterr().out
+    assert "| 2/4       | Newton-Schulz |" in shown

@@ -26,6 +26,7 @@ from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
 from tkfac_jax.layers import Layers, LayerSpec
 from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from tkfac_jax.matrices import Convolution
+from tkfac_jax.newton_schulz import newton_schulz_inverse
 from tkfac_jax.shardings import state_shardings
 from tkfac_jax.statistics import (
     Statistics,
@@ -74,6 +75,7 @@ __all__ = [
     "kfac",
     "make_train_step",
     "multi_steps",
+    "newton_schulz_inverse",
     "normal_damping",
     "sampled_fisher",
     "scale_by_tkfac",

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from tkfac_jax.meshes import is_checked
 
-StackFunction = Callable[[Array], Any]
+StackFunction = Callable[["Stack"], Any]
 
 # Sizes are nearly equal that differ by one, or by one in so many.
 NEARLY = 128
@@ -31,6 +31,42 @@ class Piece(NamedTuple):
     size: int
     start: int
     stop: int
+
+
+class Stack(NamedTuple):
+    """Matrices of one size, and what is known of them.
+
+    Attributes:
+      matrices: shape `(n, size, size)`.
+      guesses: what their inverses might be, in the same shape; or None.
+    """
+
+    matrices: Array
+    guesses: Array | None = None
+
+    def taken(self, start: int, stop: int) -> "Stack":
+        """Some of them."""
+        return jax.tree.map(lambda array: array[start:stop], self)
+
+    def identities(self, count: int) -> "Stack":
+        """So many identity matrices of the same size and dtype, with the right guesses if there are any."""
+
+        def one(array: Array) -> Array:
+            size = array.shape[-1]
+            return jnp.broadcast_to(jnp.eye(size, dtype=array.dtype), (count, size, size))
+
+        return jax.tree.map(one, self)
+
+    def filled(self, size: int) -> "Stack":
+        """Filled up to a size with the mean diagonal of each, so that scale and condition stay theirs."""
+        own = self.matrices.shape[-1]
+        if own == size:
+            return self
+        mean = jnp.diagonal(self.matrices, axis1=-2, axis2=-1).sum(-1) / own
+        return Stack(
+            _filled(self.matrices, mean, size),
+            None if self.guesses is None else _filled(self.guesses, 1 / mean, size),
+        )
 
 
 class Devices(NamedTuple):
@@ -53,7 +89,7 @@ class Devices(NamedTuple):
         return 1 if self.mesh is None else self.mesh.size
 
     def map(
-        self, function: StackFunction, stack: Float[Array, "n size size"]
+        self, function: StackFunction, stack: Stack
     ) -> tuple[Float[Array, "n size size"], Bool[Array, " n"]]:
         """Applies a function to a stack, each device to an equal share of it.
 
@@ -65,9 +101,12 @@ class Devices(NamedTuple):
           What the function returns for the whole stack.
         """
         if self.axis_name is not None:
-            share = len(stack) // self.number()
+            share = len(stack.matrices) // self.number()
             start = jax.lax.axis_index(self.axis_name) * share
-            matrices, flags = function(jax.lax.dynamic_slice_in_dim(stack, start, share))
+            own = jax.tree.map(
+                lambda array: jax.lax.dynamic_slice_in_dim(array, start, share), stack
+            )
+            matrices, flags = function(own)
             return _gather(matrices, self.axis_name), _gather(flags, self.axis_name)
         if self.mesh is None:
             return function(stack)
@@ -77,7 +116,7 @@ class Devices(NamedTuple):
 
         # What is wanted whole is gathered here, once for the stack: from one that is divided, the compiler
         # would fetch every matrix by itself.
-        def on_own(own: Array) -> tuple[Array, Array]:
+        def on_own(own: Stack) -> tuple[Array, Array]:
             results = function(own)
             return results if self.divided else jax.tree.map(gather, results)
 
@@ -107,35 +146,35 @@ def _gather(own: Array, axis_name: Any) -> Array:
 
 def map_matrices(
     function: StackFunction,
-    groups: Mapping[int, Sequence[Array]],
+    groups: Mapping[int, Sequence[Stack]],
     devices: Devices,
 ) -> dict[int, Any]:
     """Applies a function to all matrices, divided among devices.
 
     Args:
-      function: from a stack `(n, size, size)` to a pair of such a stack and an array `(n,)` of flags, matrix by
-        matrix. What a matrix is filled up with, a multiple of the identity, must not matter to the rest of its result.
-      groups: by size, all matrices of that size, in parts `(n, size, size)`.
+      function: from a stack of n matrices to a pair of matrices `(n, size, size)` and an array `(n,)` of flags,
+        matrix by matrix. What a matrix is filled up with, a multiple of the identity, must not matter to the rest of
+        its result.
+      groups: by size, all matrices of that size, in parts: with guesses in all of them, or in none.
       devices: the devices.
 
     Returns:
       By size, what the function returns for the matrices.
     """
     found: dict[int, list[Any]] = {size: [] for size in groups}
-    counts = {size: sum(len(part) for part in parts) for size, parts in groups.items()}
+    counts = {size: sum(len(part.matrices) for part in parts) for size, parts in groups.items()}
     count = devices.number()
     ended: Array | None = None
     for pieces in deal(counts, count):
         largest = pieces[0].size
         parts = [
-            _filled(part if ended is None else jnp.where(ended, part, 0), largest)
+            _after(ended, part).filled(largest)
             for piece in pieces
             for part in _taken(groups[piece.size], piece)
         ]
-        missing = -sum(len(part) for part in parts) % count
+        missing = -sum(len(part.matrices) for part in parts) % count
         if missing:
-            identity = jnp.eye(largest, dtype=parts[0].dtype)
-            parts.append(jnp.broadcast_to(identity, (missing, largest, largest)))
+            parts.append(parts[0].identities(missing))
         matrices, flags = devices.map(function, _joined(parts))
         if count == 1:
             # Always true, which the compiler does not know: it would put all stacks together before it works on the
@@ -146,25 +185,32 @@ def map_matrices(
             end = start + stop - first
             found[size].append((matrices[start:end, :size, :size], flags[start:end]))
             start = end
-    return {
-        size: jax.tree.map(lambda *parts: _joined(parts), *results)
-        for size, results in found.items()
-    }
+    return {size: _joined(results) for size, results in found.items()}
 
 
-def _taken(parts: Sequence[Array], piece: Piece) -> list[Array]:
+def _taken(parts: Sequence[Stack], piece: Piece) -> list[Stack]:
     """The matrices of a piece, in parts."""
     taken, start = [], 0
     for part in parts:
-        own = part[max(piece.start - start, 0) : max(piece.stop - start, 0)]
-        taken += [own] if len(own) else []
-        start += len(part)
+        count = len(part.matrices)
+        first, last = max(piece.start - start, 0), min(piece.stop - start, count)
+        taken += [part.taken(first, last)] if first < last else []
+        start += count
     return taken
 
 
-def _joined(parts: Sequence[Array]) -> Array:
-    """The parts, one after the other; a single one is not copied."""
-    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+def _after(ended: Array | None, part: Stack) -> Stack:
+    """The same matrices, not before something has ended."""
+    return part if ended is None else jax.tree.map(lambda array: jnp.where(ended, array, 0), part)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Trees of arrays, one after the other; a single one is not copied."""
+    return (
+        jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+        if len(parts) > 1
+        else parts[0]
+    )
 
 
 def deal(counts: Mapping[int, int], devices: int) -> list[list[Piece]]:
@@ -197,12 +243,11 @@ def deal(counts: Mapping[int, int], devices: int) -> list[list[Piece]]:
     return stacks
 
 
-def _filled(matrices: Float[Array, "n size size"], size: int) -> Float[Array, "n larger larger"]:
-    """Fills matrices up to a size with their mean diagonal, so that scale and condition stay theirs."""
+def _filled(
+    matrices: Float[Array, "n size size"], diagonal: Float[Array, " n"], size: int
+) -> Float[Array, "n larger larger"]:
+    """Matrices of a larger size, with a number of each one's own on the rest of the diagonal."""
     own = matrices.shape[-1]
-    if own == size:
-        return matrices
-    mean = jnp.diagonal(matrices, axis1=-2, axis2=-1).sum(-1) / own
-    rest = mean[:, None] * (jnp.arange(size) >= own)
+    rest = diagonal[:, None] * (jnp.arange(size) >= own)
     wider = jnp.pad(matrices, ((0, 0), (0, size - own), (0, size - own)))
     return wider + rest[:, :, None] * jnp.eye(size, dtype=matrices.dtype)

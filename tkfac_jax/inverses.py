@@ -3,13 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tkfac_jax.division import Devices, map_matrices
+from tkfac_jax.division import Devices, Stack, map_matrices
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.finite import finite_matrices
 from tkfac_jax.layers import LayerSpec
@@ -17,6 +17,20 @@ from tkfac_jax.meshes import vary, varying_axes
 from tkfac_jax.threads import limit_lapack_threads
 
 Inverse = Callable[[Array], Array]
+
+
+@runtime_checkable
+class ImprovingInverse(Protocol):
+    """An inverse that is given the inverses in use."""
+
+    def __call__(self, matrices: Array) -> Array:
+        """Inverts matrices of whose inverses nothing is known, or that `improve` did not invert."""
+        ...
+
+    def improve(self, matrices: Array, guesses: Array) -> tuple[Array, Array]:
+        """Inverts matrices `(n, d, d)` of whose inverses there are guesses; also says which ones it did, `(n,)`."""
+        ...
+
 
 # Shares of a matrix's mean diagonal that are added to it, one attempt after the other until an inversion succeeds.
 DAMPING_SHARES = (0.0, 1e-4, 1e-2, 1.0)
@@ -182,7 +196,8 @@ def invert_factors(
       factors: the damped factors, by layer.
       old: the inverses that are in use.
       layers: the layers.
-      inverse: inverts a stack of symmetric positive definite matrices, shape `(n, d, d)`.
+      inverse: inverts a stack of symmetric positive definite matrices, shape `(n, d, d)`; one with a method `improve`
+        starts at the inverses that are in use.
       devices: the devices that divide the work.
 
     Returns:
@@ -200,19 +215,23 @@ def invert_factors(
                 inverted[name, which] = inverses.reshape(factor.shape)
                 succeeded[name, which] = good
             else:
-                groups[factor.dtype][structure.block].append((name, which, factor))
+                size = structure.block
+                guesses = None
+                if isinstance(inverse, ImprovingInverse):
+                    guesses = _in_use(old[name], which).astype(factor.dtype)
+                    guesses = guesses.reshape(-1, size, size)
+                stack = Stack(factor.reshape(-1, size, size), guesses)
+                groups[factor.dtype][size].append((name, which, stack))
 
     for by_size in groups.values():
-        stacks = {
-            size: [factor.reshape(-1, size, size) for _, _, factor in members]
-            for size, members in by_size.items()
-        }
-        results = map_matrices(lambda stack: _invert_with_retries(stack, inverse), stacks, devices)
+        stacks = {size: [stack for _, _, stack in members] for size, members in by_size.items()}
+        results = map_matrices(lambda stack: _invert(stack, inverse), stacks, devices)
         for size, members in by_size.items():
             start = 0
-            for (name, which, factor), own in zip(members, stacks[size], strict=True):
-                end = start + len(own)
-                inverted[name, which] = results[size][0][start:end].reshape(factor.shape)
+            for name, which, stack in members:
+                end = start + len(stack.matrices)
+                shape = getattr(factors[name], which).shape
+                inverted[name, which] = results[size][0][start:end].reshape(shape)
                 succeeded[name, which] = results[size][1][start:end]
                 start = end
 
@@ -238,6 +257,11 @@ def invert_damping(
                 inverses = inverses[..., None] * jnp.eye(structure.block, dtype=factor.dtype)
             inverted[name, which], succeeded[name, which] = inverses, good
     return _replace_good(old, layers, inverted, succeeded)[0]
+
+
+def _in_use(old: KroneckerInverses, which: str) -> Array:
+    """One of the two inverses that are in use, in the form of its factor."""
+    return old.phi_matrix() if which == "phi" else old.psi
 
 
 def _at_least_float32(factors: KroneckerFactors, which: str) -> Array:
@@ -283,6 +307,24 @@ def _invert_diagonals(
     """Inverts diagonal matrices; also says which ones are positive definite."""
     inverses = 1 / diagonals
     return inverses, (jnp.isfinite(inverses) & (inverses > 0)).all(-1)
+
+
+def _invert(
+    stack: Stack, inverse: Inverse
+) -> tuple[Float[Array, "batch n n"], Bool[Array, " batch"]]:
+    """Inverts a stack, from guesses where there are any; also says which ones succeeded."""
+    if stack.guesses is None or not isinstance(inverse, ImprovingInverse):
+        return _invert_with_retries(stack.matrices, inverse)
+    improved, reached = inverse.improve(stack.matrices, stack.guesses)
+    reached &= _is_good(improved)
+
+    def without_guesses(improved: Array, reached: Array) -> tuple[Array, Array]:
+        found, succeeded = _invert_with_retries(stack.matrices, inverse)
+        return jnp.where(reached[:, None, None], improved, found), reached | succeeded
+
+    return jax.lax.cond(
+        reached.all(), lambda *improved: improved, without_guesses, improved, reached
+    )
 
 
 def _invert_with_retries(
