@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jaxlib
@@ -26,9 +27,28 @@ XLA_FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_
 
 
 def pytest_configure(config):
-    """Passes XLA, also that of the workers and of processes that tests start, the flags of the above that it knows."""
-    if hasattr(config, "workerinput") or "XLA_FLAGS" in os.environ:
+    """Settings that the workers and the processes that tests start take over."""
+    if hasattr(config, "workerinput"):
         return
+    keep_programs(config)
+    if "XLA_FLAGS" not in os.environ:
+        pass_flags(config)
+
+
+def keep_programs(config):
+    """What takes long to compile is compiled once: resumed commands make their programs again, as do other tests."""
+    folder = tempfile.TemporaryDirectory(prefix="tkfac_jax-programs-")
+    config.add_cleanup(folder.cleanup)
+    for name, value in (
+        ("jax_compilation_cache_dir", folder.name),
+        ("jax_persistent_cache_min_compile_time_secs", 0.3),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+def pass_flags(config):
+    """Passes XLA the flags of the above that it knows."""
     cache, key = getattr(config, "cache", None), f"xla_flags/{jaxlib.__version__}"
     known = cache and cache.get(key, None)
     if known is None:

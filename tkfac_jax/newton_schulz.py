@@ -102,9 +102,9 @@ def newton_schulz_inverse(
     """An `inverse` for accelerators, which starts at the inverses in use.
 
     The Newton-Schulz iteration `X <- X (2 I - M X)` squares the residual `I - M X`, and consists of two products of
-    matrices, which a GPU or a TPU makes many times faster than it factorises. From the inverses in use it takes two
-    to four iterations where little has changed since: at short intervals of the inverses, once the first averages
-    have settled. Else it takes more. On a CPU `cholesky_inverse` is much faster.
+    matrices, which a GPU makes many times faster than it factorises. It takes few iterations where little has changed
+    since the inverses in use were computed: at short intervals, once the first averages have settled. On a CPU
+    `cholesky_inverse` is much faster.
 
     Args:
       otherwise: inverts those matrices that the iteration does not reach within `max_iterations`, with retries at more

@@ -68,7 +68,8 @@ def scale_by_tkfac(
       norm_constraint: bound on `<update, gradient>`, in units of the loss; see `precondition`. It
         comes before the learning rate.
       inverse: inverts a stack `(n, d, d)` of symmetric positive definite matrices, with NaN where
-        that fails; None is `cholesky_inverse`. Not called at `init`, where there is nothing but damping.
+        that fails; None is `cholesky_inverse`. Not called at `init`, where there is nothing but damping. One with a
+        method `improve`, such as `newton_schulz_inverse()`, starts at the inverses in use.
       factor_dtype: dtype in which the factors are stored, such as `jnp.bfloat16` to save memory; None: the dtype
         of the layer's statistics, at least float32. Averages are computed in the wider of the two.
       inverse_dtype: dtype in which the inverses are stored, likewise; they are computed, and multiplied
