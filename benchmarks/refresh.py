@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tkfac_jax as tkfac
-from benchmarks.autoencoder import BATCH_SIZE, INTERVAL, WIDTHS, autoencoder_problem, growing_decay
+from benchmarks.autoencoder import BATCH_SIZE, INTERVAL, WIDTHS, autoencoder_problem, best_tkfac
 from benchmarks.figures import table
 from benchmarks.runner import Problem, environment
 from benchmarks.series import write_results
@@ -38,14 +38,7 @@ class Training:
         """Compiles all kinds of steps on a copy."""
         self.problem, self.step_ms, self.kinds = problem, [], []
         layers = problem.find_layers()
-        optimizer = tkfac.tkfac(
-            0.3,
-            layers,
-            damping=0.2,
-            norm_constraint=0.25,
-            decay=growing_decay,
-            averaging="moments",
-        )
+        optimizer = best_tkfac(layers)
         self.train_step = tkfac.make_train_step(
             problem.predict,
             problem.likelihood,

@@ -112,13 +112,15 @@ def newton_schulz_inverse(
         condition is too bad for the iteration in the dtype of the factor.
       max_iterations: at least 1.
       tolerance: Frobenius norm of the residual, below 1, under which one more iteration is the last. The relative
-        error is its square at most, or what rounding leaves.
+        error is its square at most; what rounding leaves; or, where `max_iterations` end it, at most 1e-3.
 
     Returns:
       The `inverse` for `scale_by_tkfac` and the optimizers.
 
     Raises:
       ValueError: a number is out of its range.
+
+    Source: Schulz 1933, "Iterative Berechnung der reziproken Matrix"; not in the paper.
     """
     if max_iterations < 1:
         msg = f"max_iterations={max_iterations}; expected at least 1."
