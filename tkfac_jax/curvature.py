@@ -1,8 +1,8 @@
 """The state of the optimizer, and how statistics and inverses enter it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from tkfac_jax.capture import LayerStatistics
-from tkfac_jax.damping import Damping
+from tkfac_jax.damping import Damping, arrays_apart
 from tkfac_jax.division import Devices
 from tkfac_jax.factors import (
     Decay,
@@ -19,19 +19,16 @@ from tkfac_jax.factors import (
     average_moments,
     decay_at,
     kronecker_factors,
-    zero_factors,
 )
 from tkfac_jax.finite import all_finite
-from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_damping, invert_factors
+from tkfac_jax.initial import Averaging, initial_curvature
+from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
 from tkfac_jax.precondition import precondition
 from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.storage import Storage, inverses_in_shape
-from tkfac_jax.structures import identity
 from tkfac_jax.tagged import Statistics, check_statistics
-
-Averaging = Literal["factors", "moments"]
 
 # The fields of the state that change with new statistics, and with new inverses.
 ADDED = ("factors", "factor_updates", "skipped_statistics", "faults")
@@ -124,11 +121,7 @@ class Curvature(NamedTuple):
     def init(self, params: Any) -> Any:
         """The state before the first statistics: the inverses are those of the damping alone."""
         active = {n: self.layers[n] for n in visible_layers(self.layers, params, "params")}
-        unknown = {name: zero_factors(spec) for name, spec in active.items()}
-        damped = self.damping.damp(unknown, active, jnp.zeros((), jnp.int32))
-        start = {name: self._identity_inverses(spec) for name, spec in active.items()}
-        inverses = invert_damping(damped, start, active)
-        factors = damped if self.averaging == "factors" else unknown
+        factors, inverses = initial_curvature(active, self.damping, self.averaging, self.storage)
 
         # One buffer for each counter: a state that holds one twice could not be donated.
         def zero() -> Array:
@@ -136,22 +129,14 @@ class Curvature(NamedTuple):
 
         return TkfacState(
             step=zero(),
-            factors=self.storage.store_factors(factors),
-            inverses=self.storage.store_inverses(inverses),
+            factors=factors,
+            inverses=inverses,
             factor_updates=zero(),
             skipped_statistics=zero(),
             failed_inversions=zero(),
             refreshed={name: zero() for name in active},
             skipped_updates=zero(),
             faults={name: LayerFaults(zero(), zero(), zero()) for name in active},
-        )
-
-    def _identity_inverses(self, spec: LayerSpec) -> KroneckerInverses:
-        dtype = self.storage.inverse_dtype or spec.dtype
-        return KroneckerInverses.from_factors(
-            spec,
-            identity(spec.phi, spec.batch, dtype),
-            identity(spec.psi, spec.batch, dtype),
         )
 
     def active(self, updates: Any, state: TkfacState) -> dict[str, LayerSpec]:
@@ -196,7 +181,7 @@ class Curvature(NamedTuple):
                 new = {name: kronecker_factors(statistics[name]) for name in active}
                 old = self.storage.load_factors(factors, active)
                 if self.averaging == "factors":
-                    damped = damping_of(numbers).damp(new, active, step)
+                    damped = rest.with_arrays(numbers).damp(new, active, step)
                     return self.storage.store_factors(average_factors(old, damped, weight))
                 return self.storage.store_factors(average_moments(old, new, weight))
 
@@ -217,7 +202,7 @@ class Curvature(NamedTuple):
             return kept, good
 
         weight = decay_at(self.decay, state.factor_updates)
-        numbers, damping_of = _arrays_apart(self.damping)
+        numbers, rest = arrays_apart(self.damping)
         factors, good = automatic(
             averaged,
             statistics,
@@ -261,14 +246,14 @@ class Curvature(NamedTuple):
         ) -> tuple[dict[str, KroneckerInverses], dict[str, Array]]:
             damped = self.storage.load_factors(factors, active)
             if self.averaging == "moments":
-                damped = damping_of(numbers).damp(damped, active, step)
+                damped = rest.with_arrays(numbers).damp(damped, active, step)
             old = {name: inverses_in_shape(active[name], inverse) for name, inverse in old.items()}
             devices = Devices(self.axis_name, self.storage.mesh, self.storage.divided)
             new, failures = invert_factors(damped, old, active, self.inverse, devices)
             return self.storage.store_inverses(new), failures
 
         chosen = {name: state.inverses[name] for name in names}
-        numbers, damping_of = _arrays_apart(self.damping)
+        numbers, rest = arrays_apart(self.damping)
         inverses, failures = automatic(
             inverted,
             state.factors,
@@ -355,18 +340,6 @@ def _cost_of_inverses(spec: LayerSpec) -> int:
         else structure.num_blocks * structure.block**3
         for structure in (spec.phi, spec.psi)
     )
-
-
-def _arrays_apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays in a tree, and what puts others in their place: under `automatic` none may be closed over."""
-    leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-    def with_arrays(arrays: list[Any]) -> Any:
-        new = dict(zip(places, arrays, strict=True))
-        return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    return [leaves[i] for i in places], with_arrays
 
 
 def _all(flags: Mapping[str, Array]) -> Bool[Array, ""]:

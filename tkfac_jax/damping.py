@@ -5,9 +5,10 @@ trace damping of dense layers depends on the convolutions. All values of damping
 curvature, so that a damping of `lambda` means adding `lambda` times the identity to the Fisher.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -30,6 +31,46 @@ class Damping(Protocol):
     ) -> dict[str, KroneckerFactors]:
         """The damped factors of all layers; `delta` is handed on as it is."""
         ...
+
+
+class _Constant:
+    """A leaf that is no array, hashable: equal numbers are the same, and otherwise only the same object is."""
+
+    def __init__(self, leaf: Any):
+        self.leaf = leaf
+        self._key = (type(leaf), leaf if isinstance(leaf, int | float) else id(leaf))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and self._key == other._key
+
+
+class WithoutArrays(NamedTuple):
+    """What a damping is but for its arrays; hashable, so that it can be a static argument.
+
+    Attributes:
+      structure: its tree.
+      leaves: its leaves in their order, None in the place of each array.
+    """
+
+    structure: Any
+    leaves: tuple[_Constant | None, ...]
+
+    def with_arrays(self, arrays: Sequence[Array]) -> Any:
+        """The damping with these arrays in their places."""
+        next_array = iter(arrays)
+        leaves = [next(next_array) if leaf is None else leaf.leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def arrays_apart(damping: Damping) -> tuple[list[Array], WithoutArrays]:
+    """The arrays of a damping, traced ones too, and what else it is."""
+    leaves, structure = jax.tree.flatten(damping)
+    rest = tuple(None if isinstance(leaf, jax.Array) else _Constant(leaf) for leaf in leaves)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    return arrays, WithoutArrays(structure, rest)
 
 
 class NormalDamping(NamedTuple):

@@ -239,24 +239,34 @@ def invert_factors(
 
 
 def invert_damping(
-    factors: Mapping[str, KroneckerFactors],
-    old: Mapping[str, KroneckerInverses],
-    layers: Mapping[str, LayerSpec],
+    factors: Mapping[str, KroneckerFactors], layers: Mapping[str, LayerSpec], dtype: Any = None
 ) -> dict[str, KroneckerInverses]:
-    """Inverts factors that hold nothing but their damping, on the diagonal; the old inverses stay where it is 0."""
-    inverted, succeeded = {}, {}
-    for name in old:
+    """Inverts factors that hold nothing but their damping, on the diagonal.
+
+    Args:
+      factors: the damped factors, by layer.
+      layers: the layers.
+      dtype: dtype of the inverses; None: that of the layer's statistics.
+
+    Returns:
+      The inverses; where the damping is 0 or not finite, identities.
+    """
+    inverted = {}
+    for name, damped in factors.items():
+        spec, found = layers[name], {}
         for which in ("phi", "psi"):
-            structure = getattr(layers[name], which)
-            factor = _at_least_float32(factors[name], which)
+            structure = getattr(spec, which)
+            factor = _at_least_float32(damped, which)
             whole = structure.kind != "diagonal"
             diagonals = jnp.diagonal(factor, axis1=-2, axis2=-1) if whole else factor
             inverses, good = _invert_diagonals(diagonals.reshape(-1, structure.block))
-            inverses = inverses.reshape(diagonals.shape)
+            inverses = jnp.where(good[:, None], inverses, 1).reshape(diagonals.shape)
+            inverses = inverses.astype(spec.dtype if dtype is None else dtype)
             if whole:
-                inverses = inverses[..., None] * jnp.eye(structure.block, dtype=factor.dtype)
-            inverted[name, which], succeeded[name, which] = inverses, good
-    return _replace_good(old, layers, inverted, succeeded)[0]
+                inverses = inverses[..., None] * jnp.eye(structure.block, dtype=inverses.dtype)
+            found[which] = inverses
+        inverted[name] = KroneckerInverses.from_factors(spec, found["phi"], found["psi"])
+    return inverted
 
 
 def _in_use(old: KroneckerInverses, which: str) -> Array:

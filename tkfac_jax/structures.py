@@ -9,7 +9,7 @@ convolution) are a batch throughout.
 import functools
 import itertools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -162,13 +162,6 @@ def add_to_diagonal(structure: Structure, factor: Array, value: Float[Array, "*b
     if structure.kind == "diagonal":
         return factor + value
     return factor + value * jnp.eye(structure.block, dtype=factor.dtype)
-
-
-def identity(structure: Structure, batch: tuple[int, ...], dtype: Any) -> Array:
-    """Identity matrices, `(*batch, *structure.shape)`."""
-    return add_to_diagonal(
-        structure, jnp.zeros((*batch, *structure.shape), dtype), jnp.ones(batch, dtype)
-    )
 
 
 def multiply(

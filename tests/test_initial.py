@@ -1,0 +1,106 @@
+"""The state before the first statistics."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import spec
+
+import tkfac_jax as tkfac
+from tkfac_jax.damping import NormalDamping, Value, arrays_apart
+from tkfac_jax.layers import Layers
+
+
+def layers_of(sizes):
+    """Layers without bias, and parameters of theirs."""
+    specs = [
+        dataclasses.replace(spec(*size, name=f"layer_{i}"), kernel=f"layer_{i}/kernel")
+        for i, size in enumerate(sizes)
+    ]
+    return Layers(tuple(specs)), {s.name: {"kernel": np.zeros(s.kernel_shape)} for s in specs}
+
+
+def first_inverse(damping):
+    layers, params = layers_of([(3, 2)])
+    return tkfac.scale_by_tkfac(layers, damping=damping).init(params).inverses["layer_0"].phi
+
+
+class Shifted(NamedTuple):
+    """A damping that equals `NormalDamping(value)` as a tuple, and is another."""
+
+    value: Value
+
+    def damp(self, factors, layers, step):
+        return tkfac.normal_damping(4 * self.value).damp(factors, layers, step)
+
+
+@dataclasses.dataclass
+class Mutable:
+    """A damping that is no tree and cannot be hashed."""
+
+    value: Value
+
+    def damp(self, factors, layers, step):
+        return tkfac.normal_damping(self.value).damp(factors, layers, step)
+
+
+def test_a_process_compiles_one_program_for_the_factors_of_all_sizes():
+    layers, params = layers_of([(3 + 2 * i, 4 + 2 * i) for i in range(6)])
+    jax.clear_caches()
+    compiled = []
+
+    def listener(event, duration, **facts):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(facts)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        state = tkfac.scale_by_tkfac(layers).init(params)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert len({factor.shape for factor in jax.tree.leaves(state.factors) if factor.ndim}) == 12
+    # Factors and inverses; the counters; and what puts numbers on a device.
+    assert 1 <= len(compiled) <= 4
+
+
+@pytest.mark.parametrize(
+    ("damping", "expected"),
+    [
+        (0.25, 2.0),
+        (lambda step: 0.04 + step, 5.0),
+        (jnp.asarray(0.16), 2.5),
+        (Shifted(0.25), 1.0),
+        (tkfac.factored_damping(0.25), 2.0),
+        (Mutable(0.04), 5.0),
+        (Mutable(jnp.asarray(0.04)), 5.0),
+        (NormalDamping(0.0), 1.0),
+    ],
+    ids=[
+        "number", "schedule", "array", "another of the same tuple", "factored", "not hashable",
+        "array in no tree", "none",
+    ],
+)  # fmt: skip
+def test_the_first_inverses_are_those_of_the_damping(damping, expected):
+    np.testing.assert_allclose(first_inverse(damping), expected * np.eye(3), rtol=1e-12)
+
+
+def test_a_traced_damping():
+    received = jax.vmap(first_inverse)(jnp.asarray([0.25, 0.04]))
+    np.testing.assert_allclose(received, np.stack([2 * np.eye(3), 5 * np.eye(3)]), rtol=1e-12)
+
+
+def test_dampings_without_their_arrays_are_the_same_if_they_are_of_the_same_kind_and_numbers():
+    def rest(damping):
+        return arrays_apart(damping)[1]
+
+    assert rest(tkfac.normal_damping(0.25)) == rest(tkfac.normal_damping(0.25))
+    assert hash(rest(tkfac.normal_damping(0.25))) == hash(rest(tkfac.normal_damping(0.25)))
+    assert rest(tkfac.normal_damping(0.25)) != rest(tkfac.normal_damping(0.5))
+    assert rest(tkfac.normal_damping(0.25)) != rest(Shifted(0.25))
+    assert rest(Mutable(0.25)) != rest(Mutable(0.25))
+    arrays, without = arrays_apart(tkfac.trace_damping(jnp.asarray(1e-3), 0.5))
+    assert without == rest(tkfac.trace_damping(jnp.asarray(2e-3), 0.5))
+    assert without.with_arrays(arrays) == tkfac.trace_damping(arrays[0], 0.5)
