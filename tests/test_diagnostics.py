@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilations import counted_compilations
 from networks import as_float64, spec
 from networks import mlp_problem as make_mlp_problem
 
@@ -102,6 +103,18 @@ def test_condition_numbers_are_those_of_the_damped_factors(large, averaging):
             expected = np.linalg.cond(kept + np.sqrt(DAMPING) * np.eye(structure.size))
             condition = getattr(received[name], f"{which}_condition")
             np.testing.assert_allclose(condition, expected, rtol=1e-9)
+
+
+def test_a_training_that_asks_again_and_again_compiles_one_program():
+    state, layers = mlp_state()
+    later = state._replace(step=state.step + 1)
+    with counted_compilations() as compiled:
+        first = diagnostics(state, layers, damping=tkfac.normal_damping(0.0625))
+    assert len(compiled) == 1
+    with counted_compilations() as compiled:
+        second = diagnostics(later, layers, damping=tkfac.normal_damping(0.0625))
+    assert not compiled
+    assert [layer.age + 1 for layer in first.values()] == [layer.age for layer in second.values()]
 
 
 def test_every_matrix_of_a_layer_has_its_own_numbers():

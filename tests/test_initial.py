@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import counted_compilations
 from networks import spec
 
 import tkfac_jax as tkfac
@@ -50,17 +51,8 @@ class Mutable:
 def test_a_process_compiles_one_program_for_the_factors_of_all_sizes():
     layers, params = layers_of([(3 + 2 * i, 4 + 2 * i) for i in range(6)])
     jax.clear_caches()
-    compiled = []
-
-    def listener(event, duration, **facts):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(facts)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with counted_compilations() as compiled:
         state = tkfac.scale_by_tkfac(layers).init(params)
-    finally:
-        jax.monitoring.clear_event_listeners()
     assert len({factor.shape for factor in jax.tree.leaves(state.factors) if factor.ndim}) == 12
     # Factors and inverses; the counters; and what puts numbers on a device.
     assert 1 <= len(compiled) <= 4

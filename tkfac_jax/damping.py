@@ -65,8 +65,8 @@ class WithoutArrays(NamedTuple):
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def arrays_apart(damping: Damping) -> tuple[list[Array], WithoutArrays]:
-    """The arrays of a damping, traced ones too, and what else it is."""
+def arrays_apart(damping: Damping | None) -> tuple[list[Array], WithoutArrays]:
+    """The arrays of a damping, traced ones too, and what else it is; None is a damping without any."""
     leaves, structure = jax.tree.flatten(damping)
     rest = tuple(None if isinstance(leaf, jax.Array) else _Constant(leaf) for leaf in leaves)
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]

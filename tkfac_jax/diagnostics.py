@@ -5,6 +5,7 @@ The counts of the whole state need no function: `optax.tree.get(opt_state, "skip
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tkfac_jax.curvature import Averaging, LayerFaults, TkfacState, find_state
-from tkfac_jax.damping import Damping, FactoredDamping, Value, normal_damping
+from tkfac_jax.damping import (
+    Damping,
+    FactoredDamping,
+    Value,
+    WithoutArrays,
+    arrays_apart,
+    normal_damping,
+)
 from tkfac_jax.factors import KroneckerFactors
 from tkfac_jax.layers import LayerSpec
 from tkfac_jax.storage import factors_in_shape, inverses_in_shape
@@ -105,13 +113,30 @@ def diagnostics(
         raise ValueError(msg)
     state = find_state(state)
     active = _active_layers(state, layers)
-    factors = {name: factors_in_shape(active[name], own) for name, own in state.factors.items()}
+    if damping is not None and not isinstance(damping, Damping):
+        damping = normal_damping(damping)
+    numbers, rest = arrays_apart(damping)
+    return _report(state, numbers, tuple(active.items()), rest, averaging)
+
+
+# One program: called one by one, its operations would be compiled for each size of factor, some of them at each call.
+@functools.partial(jax.jit, static_argnames=("items", "rest", "averaging"))
+def _report(
+    state: TkfacState,
+    numbers: list[Array],
+    items: tuple[tuple[str, LayerSpec], ...],
+    rest: WithoutArrays,
+    averaging: Averaging,
+) -> dict[str, LayerDiagnostics]:
+    """What `diagnostics` returns, from its arguments once they are checked."""
+    layers = dict(items)
+    damping = rest.with_arrays(numbers)
+    factors = {name: factors_in_shape(layers[name], own) for name, own in state.factors.items()}
     state = state._replace(factors=factors)
-    ratios: dict[str, tuple[Array | None, Array | None]] = dict.fromkeys(active, (None, None))
+    ratios: dict[str, tuple[Array | None, Array | None]] = dict.fromkeys(layers, (None, None))
     if damping is not None:
-        damper = damping if isinstance(damping, Damping) else normal_damping(damping)
-        ratios |= _ratios(state, active, damper, averaging)
-    inverses = {name: inverses_in_shape(active[name], own) for name, own in state.inverses.items()}
+        ratios |= _ratios(state, layers, damping, averaging)
+    inverses = {name: inverses_in_shape(layers[name], own) for name, own in state.inverses.items()}
     return {
         name: LayerDiagnostics(
             state.factors[name].delta,
@@ -121,7 +146,7 @@ def diagnostics(
             state.step - state.refreshed[name],
             state.faults[name],
         )
-        for name, spec in active.items()
+        for name, spec in layers.items()
     }
 
 
