@@ -79,6 +79,20 @@ def kernels_of_more_entries_are_large(monkeypatch):
     monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", 40)
 
 
+@pytest.fixture
+def set_constant(monkeypatch):
+    """Sets a constant of the package for a test; the program that optimizers share was made with another."""
+    # Not above, where the package would be imported without the checks of its types.
+    from tkfac_jax.initial import _initial_curvature
+
+    def set_to(name, value):
+        _initial_curvature.clear_cache()
+        monkeypatch.setattr(name, value)
+
+    yield set_to
+    _initial_curvature.clear_cache()
+
+
 @pytest.fixture(params=["own", "accelerator"])
 def platform(request, monkeypatch):
     """What is computed on this platform, and what is on platforms of which the package knows nothing."""

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from networks import mlp_problem
 
 import tkfac_jax as tkfac
-from tkfac_jax import capture, meshes
+from tkfac_jax import capture
 
 DEVICES = 4
 
@@ -60,8 +60,8 @@ def test_trials_and_rejections_under_shard_map():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("how", ["plain", "sharded"])
-def test_the_adaptive_optimizer_over_a_mesh(kind, how, monkeypatch):
-    monkeypatch.setattr(meshes, "SMALLEST_DIVIDED", 8)
+def test_the_adaptive_optimizer_over_a_mesh(kind, how, set_constant):
+    set_constant("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
     mesh = mesh_of(kind)
     options = {} if how == "plain" else {"mesh": mesh, "shard_state": True}
     params, state, loss = training.under_jit(mesh, True, **options)
@@ -73,8 +73,8 @@ def test_the_adaptive_optimizer_over_a_mesh(kind, how, monkeypatch):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("how", ["plain", "divided", "sharded"])
-def test_jit_over_a_mesh(kind, how, monkeypatch):
-    monkeypatch.setattr(meshes, "SMALLEST_DIVIDED", 8)
+def test_jit_over_a_mesh(kind, how, set_constant):
+    set_constant("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
     mesh = mesh_of(kind)
     options = {} if how == "plain" else {"mesh": mesh, "shard_state": how == "sharded"}
     params, state, loss = training.under_jit(mesh, **options)

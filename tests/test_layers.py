@@ -55,8 +55,8 @@ def test_parameters_of_another_model_are_refused():
         tkfac.scale_by_tkfac(layers).init(half)
 
 
-def test_memory_is_that_of_the_state(monkeypatch):
-    monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", 20)
+def test_memory_is_that_of_the_state(set_constant):
+    set_constant("tkfac_jax.inverses.LARGEST_JOINED", 20)
     _, params, _, _, layers = mlp_problem()
     state = tkfac.scale_by_tkfac(layers).init(params)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((state.factors, state.inverses)))

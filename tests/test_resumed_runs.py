@@ -294,9 +294,9 @@ def unfilled(tree, template):
     ids=["4 to 2", "2 to 4", "4 to 1", "1 to 2", "4, each with all of it, to 1"],
 )
 def test_a_run_goes_on_with_another_number_of_devices(
-    small_run, before, after, tmp_path, monkeypatch
+    small_run, before, after, tmp_path, set_constant
 ):
-    monkeypatch.setattr(tkfac.meshes, "SMALLEST_DIVIDED", 8)
+    set_constant("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
     plain, first, between = small_run(ONE)
     expected = between(first(), 0, END)
     _, first, between = small_run(before)

@@ -576,9 +576,9 @@ def test_weights_of_examples_and_numbers_that_go_wrong(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_inverses_that_are_divided_over_a_mesh(axis_type, monkeypatch):
+def test_inverses_that_are_divided_over_a_mesh(axis_type, set_constant, monkeypatch):
     """They are filled up with zeros then. On a mesh with explicit axes steps are made from the gradient."""
-    monkeypatch.setattr("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
+    set_constant("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
     predict, params, x, y, _ = problem()
     with jax.set_mesh(mesh):
@@ -597,9 +597,9 @@ def test_inverses_that_are_divided_over_a_mesh(axis_type, monkeypatch):
         )
 
 
-def test_only_the_state_is_divided_over_explicit_axes(monkeypatch):
+def test_only_the_state_is_divided_over_explicit_axes(set_constant, monkeypatch):
     """What stands on no mesh meets inverses that do: steps are made from the gradient."""
-    monkeypatch.setattr("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
+    set_constant("tkfac_jax.meshes.SMALLEST_DIVIDED", 8)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     predict, params, x, y, layers = problem()
     params, x, y = jax.tree.map(np.asarray, (params, x, y))
