@@ -29,7 +29,10 @@ class Damping(Protocol):
         layers: Mapping[str, LayerSpec],
         step: Array,
     ) -> dict[str, KroneckerFactors]:
-        """The damped factors of all layers; `delta` is handed on as it is."""
+        """The damped factors of all layers; `delta` is handed on as it is.
+
+        What is compiled with a damping is kept for it: like all that is traced, it must depend on nothing that changes.
+        """
         ...
 
 

@@ -83,7 +83,8 @@ def diagnostics(
       averaging: the optimizer's averaging, `"factors"` or `"moments"`.
 
     Returns:
-      By layer its `LayerDiagnostics`, arrays only: it can be called inside `jax.jit`. `table` prints them.
+      By layer its `LayerDiagnostics`, arrays only: it can be called inside `jax.jit`. Outside, it is compiled at the
+      first call. `table` prints them.
 
     Raises:
       ValueError: there is not exactly one `TkfacState`, it is not that of the layers, or an option is wrong.
