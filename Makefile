@@ -22,8 +22,6 @@ RELEASE_TESTS := \
   'tests/test_distributed.py::test_shard_map[True-True]' \
   tests/test_objective.py \
   tests/test_precondition.py \
-  'tests/test_rowwise.py::test_inverses_that_are_divided_over_a_mesh[AxisType.Explicit]' \
-  tests/test_rowwise.py::test_layers_whose_calls_are_in_another_function \
   tests/test_train_state.py
 
 # The newest Python from 3.12 on that runs, on PATH or among pyenv's. One of pyenv's shims may exist and yet not run.

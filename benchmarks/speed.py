@@ -7,7 +7,8 @@ are noise: nothing is downloaded, and no time depends on them. All methods take 
 turn, of which the second is timed; the times are medians over the turns. A step is either plain, or takes new
 statistics, or new statistics and new inverses; what a step costs on average at intervals of the two follows from
 these. "Quarter": statistics over the first quarter of each batch. "Apart": statistics from a program of their own, as
-`make_train_step` takes them where layers are convolutions and the interval is at least 10; averages follow it.
+`make_train_step` takes them where layers are convolutions and the interval is at least 10. "One program": without the
+halves in which it makes such steps on a CPU where the interval is below 5. Averages follow what it does.
 kfac-jax decides inside its program, so that its averages are measured over whole cycles, likewise the second of two.
 The machine's peak is the rate of a product of large matrices at the highest precision, float32. An accelerator makes
 the products of model and gradient at JAX's default precision, which is faster there; that rate is told as well.
@@ -23,6 +24,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -47,11 +49,13 @@ from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
 from benchmarks.turns import Turns
-from tkfac_jax.steps import Kind, StepFunctions, StepOptions, takes_statistics_apart
+from tkfac_jax.steps import OFTEN, Kind, StepFunctions, StepOptions, takes_statistics_apart
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).
 APART = {STATISTICS: "new statistics, apart", INVERSES: "new inverses, apart"}
+# Steps that are not made in halves, as those of make_train_step whose statistics are some steps apart.
+WHOLE = {INVERSES: "new inverses, one program"}
 # Statistics over the first quarter of each batch, as of make_train_step(statistics_args=...).
 QUARTER = "TKFAC, quarter"
 INTERVALS = ((1, 1), (1, 5), (10, 10), (100, 100))
@@ -236,7 +240,7 @@ class Contender:
     def record(self) -> dict[str, Any]:
         """What was measured, and what follows for a step on average."""
         kinds = {}
-        for kind in (*KINDS, *APART.values()):
+        for kind in (*KINDS, *APART.values(), *WHOLE.values()):
             if kind in self.facts:
                 facts = self.facts[kind]
                 kinds[kind] = facts | {
@@ -245,9 +249,7 @@ class Contender:
                 }
         medians = {kind: facts["median_ms"] for kind, facts in kinds.items()}
         averages = {
-            _pair(*pair): average(
-                medians, *pair, apart=takes_statistics_apart(self.layers, pair[0])
-            )
+            _pair(*pair): average(medians, *pair, instead=_instead(self.layers, pair[0]))
             for pair in INTERVALS
         }
         return {"method": self.name, "kinds": kinds, "average_ms": averages}
@@ -266,19 +268,16 @@ class Contender:
             self.optimizer,
             self.layers,
             StepOptions(
-                # With and without new inverses there are steps with new statistics.
-                fisher_interval=1,
-                inverse_interval=2,
+                inverse_interval=1,
                 apart=apart,
                 has_aux=True,
                 statistics_args=method.statistics_args,
             ),
             rule=method.rule,
         )
-        refresh = "all" if kind in (INVERSES, APART[INVERSES]) else "none"
-        # As make_train_step has it on this device.
-        on_cpu = _on_cpu()
-        before = None if kind == PLAIN else functions.before(in_halves=on_cpu)
+        refresh = "all" if kind in (INVERSES, APART[INVERSES], WHOLE[INVERSES]) else "none"
+        in_halves = _on_cpu() and kind not in WHOLE.values()
+        before = None if kind == PLAIN else functions.before(in_halves=in_halves)
         key = jax.random.key(1)
 
         def with_data(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,7 +295,7 @@ class Contender:
 
             return called
 
-        step = with_data(functions.step(Kind(kind != PLAIN, refresh), in_halves=on_cpu))
+        step = with_data(functools.partial(functions.step, Kind(kind != PLAIN, refresh)))
         arguments = (*self.trees, *self.batch)
         if before is None:
             return _compiled(lambda *args: step(*args)[:2], *arguments, donated=(0, 1))
@@ -337,8 +336,14 @@ def _kinds(method: Method, layers: tkfac.Layers) -> tuple[str, ...]:
     kinds = (INVERSES, PLAIN, STATISTICS)
     if method.statistics_args:
         return kinds
-    seldom = takes_statistics_apart(layers, max(pair[0] for pair in INTERVALS))
-    return (*kinds, APART[STATISTICS], *((APART[INVERSES],) if seldom else ()))
+    return (*kinds, *_instead(layers, max(pair[0] for pair in INTERVALS)).values())
+
+
+def _instead(layers: tkfac.Layers, fisher_interval: int) -> Mapping[str, str]:
+    """What `make_train_step` does instead of a kind of step, where new statistics are so many steps apart."""
+    if takes_statistics_apart(layers, fisher_interval):
+        return APART
+    return WHOLE if fisher_interval >= OFTEN else {}
 
 
 def _compiled(
@@ -440,7 +445,7 @@ def average(
     fisher_interval: int,
     inverse_interval: int,
     *,
-    apart: bool = False,
+    instead: Mapping[str, str] = {},
 ) -> float:
     """The mean time of a step at a pair of intervals, from the times of the kinds of steps."""
 
@@ -450,7 +455,8 @@ def average(
         kind = PLAIN if step % fisher_interval else STATISTICS
         if step % inverse_interval == 0:
             kind = INVERSES
-        return APART.get(kind, kind) if apart and APART.get(kind) in medians else kind
+        other = instead.get(kind, kind)
+        return other if other in medians else kind
 
     cycle = math.lcm(fisher_interval, inverse_interval)
     return sum(medians[kind_at(step)] for step in range(cycle)) / cycle

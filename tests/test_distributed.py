@@ -241,12 +241,16 @@ def test_the_optimizer_divides_its_inversions(how, axes):
     assert_same(received, jax.device_get(expected))
 
 
-@pytest.mark.parametrize("apart", [None, True], ids=["one program", "apart"])
-def test_make_train_step_over_a_mesh(apart):
+@pytest.mark.parametrize(
+    ("apart", "kind"),
+    [(None, AxisType.Auto), (True, AxisType.Auto), (None, AxisType.Explicit)],
+    ids=["auto", "apart", "explicit"],
+)
+def test_make_train_step_over_a_mesh(apart, kind):
     predict, params, x, y, layers = training.problem()[:5]
     results = []
     for devices in (1, DEVICES):
-        mesh = mesh_of(AxisType.Auto, devices)
+        mesh = mesh_of(kind, devices)
         optimizer = training.optimizer_for(layers, mesh=mesh)
         step = tkfac.make_train_step(
             predict,
@@ -257,14 +261,14 @@ def test_make_train_step_over_a_mesh(apart):
             inverse_interval=3,
             statistics_apart=apart,
         )
-        p, state = jax.device_put(
-            (params, optimizer.init(params)), NamedSharding(mesh, PartitionSpec())
-        )
-        p, state = jax.tree.map(jnp.copy, (p, state))
-        data = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec(training.AXIS)))
-        for t in range(training.STEPS):
-            # The targets are drawn for the whole batch, however it is divided.
-            p, state, metrics = step(p, state, data[0], targets=data[1], key=jax.random.key(t))
+        with jax.set_mesh(mesh):
+            whole = NamedSharding(mesh, PartitionSpec())
+            p, state = jax.device_put((params, optimizer.init(params)), whole)
+            p, state = jax.tree.map(jnp.copy, (p, state))
+            data = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec(training.AXIS)))
+            for t in range(training.STEPS):
+                # The targets are drawn for the whole batch, however it is divided.
+                p, state, metrics = step(p, state, data[0], targets=data[1], key=jax.random.key(t))
         results.append(jax.device_get((p, state, metrics["loss"])))
     assert_same(results[1], results[0])
 

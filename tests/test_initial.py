@@ -11,7 +11,7 @@ from compilations import counted_compilations
 from networks import spec
 
 import tkfac_jax as tkfac
-from tkfac_jax.damping import NormalDamping, Value, arrays_apart
+from tkfac_jax.damping import DampingArgument, NormalDamping, Value
 from tkfac_jax.layers import Layers
 
 
@@ -84,15 +84,38 @@ def test_a_traced_damping():
     np.testing.assert_allclose(received, np.stack([2 * np.eye(3), 5 * np.eye(3)]), rtol=1e-12)
 
 
-def test_dampings_without_their_arrays_are_the_same_if_they_are_of_the_same_kind_and_numbers():
-    def rest(damping):
-        return arrays_apart(damping)[1]
+def test_dampings_as_arguments_have_one_structure_if_they_are_of_one_kind_and_of_equal_numbers():
+    def structure(damping):
+        return jax.tree.structure(DampingArgument(damping))
 
-    assert rest(tkfac.normal_damping(0.25)) == rest(tkfac.normal_damping(0.25))
-    assert hash(rest(tkfac.normal_damping(0.25))) == hash(rest(tkfac.normal_damping(0.25)))
-    assert rest(tkfac.normal_damping(0.25)) != rest(tkfac.normal_damping(0.5))
-    assert rest(tkfac.normal_damping(0.25)) != rest(Shifted(0.25))
-    assert rest(Mutable(0.25)) != rest(Mutable(0.25))
-    arrays, without = arrays_apart(tkfac.trace_damping(jnp.asarray(1e-3), 0.5))
-    assert without == rest(tkfac.trace_damping(jnp.asarray(2e-3), 0.5))
-    assert without.with_arrays(arrays) == tkfac.trace_damping(arrays[0], 0.5)
+    assert structure(tkfac.normal_damping(0.25)) == structure(tkfac.normal_damping(0.25))
+    assert hash(structure(tkfac.normal_damping(0.25))) == hash(
+        structure(tkfac.normal_damping(0.25))
+    )
+    assert structure(tkfac.normal_damping(0.25)) != structure(tkfac.normal_damping(0.5))
+    assert structure(tkfac.normal_damping(0.25)) != structure(Shifted(0.25))
+    assert structure(Mutable(0.25)) != structure(Mutable(0.25))
+    received = DampingArgument(tkfac.trace_damping(jnp.asarray(1e-3), 0.5))
+    assert jax.tree.leaves(received) == [jnp.asarray(1e-3)]
+    other = DampingArgument(tkfac.trace_damping(jnp.asarray(2e-3), 0.5))
+    assert jax.tree.structure(received) == jax.tree.structure(other)
+    assert jax.tree.map(lambda leaf: 2 * leaf, received).damping == other.damping
+
+
+def test_init_and_diagnostics_compile_nothing_at_a_second_call():
+    """Also by another optimizer of the same options, and with another number as damping."""
+    layers, params = layers_of([(5, 3), (4, 2)])
+    state = tkfac.scale_by_tkfac(layers, damping=0.3).init(params)
+    tkfac.diagnostics(state, layers, damping=0.3)
+    with counted_compilations() as compiled:
+        tkfac.scale_by_tkfac(layers, damping=0.3).init(params)
+        tkfac.diagnostics(state, layers, damping=0.4)
+    assert not compiled
+
+
+@pytest.mark.parametrize("damping", [-1.0, 0.0])
+def test_diagnostics_refuse_a_damping_that_is_not_positive(damping):
+    layers, params = layers_of([(3, 2)])
+    state = tkfac.scale_by_tkfac(layers).init(params)
+    with pytest.raises(ValueError, match="expected a positive number"):
+        tkfac.diagnostics(state, layers, damping=damping)

@@ -121,9 +121,9 @@ def test_averages_follow_from_the_kinds(intervals, expected, apart):
     assert speed.average(medians, *intervals) == pytest.approx(expected)
     assert speed.average({speed.PLAIN: 3.0}, *intervals) == 3
     # Statistics apart where they were measured.
-    assert speed.average(medians, *intervals, apart=True) == pytest.approx(expected)
+    assert speed.average(medians, *intervals, instead=speed.APART) == pytest.approx(expected)
     medians |= {speed.APART[speed.STATISTICS]: 20.0, speed.APART[speed.INVERSES]: 300.0}
-    assert speed.average(medians, *intervals, apart=True) == pytest.approx(apart)
+    assert speed.average(medians, *intervals, instead=speed.APART) == pytest.approx(apart)
     assert speed.average(medians, *intervals) == pytest.approx(expected)
 
 
@@ -222,10 +222,9 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
         (result,) = json.loads(written.read_text()).values()
         return {record["method"]: record["kinds"] for record in result["methods"]}
 
-    apart = speed.APART[speed.STATISTICS]
     of_dense = command("mlp100")
     assert list(of_dense) == ["SGD-momentum", "Adam", "Muon", "KFAC", "TKFAC", speed.QUARTER]
-    assert set(of_dense["TKFAC"]) == {*speed.KINDS, apart}
+    assert set(of_dense["TKFAC"]) == {*speed.KINDS, *speed.WHOLE.values()}
     of_quarter = of_dense[speed.QUARTER]
     assert of_quarter[speed.STATISTICS]["gflop"] < of_dense["TKFAC"][speed.STATISTICS]["gflop"]
 
@@ -238,9 +237,11 @@ def test_the_whole_benchmark_at_small_size(tmp_path, monkeypatch, capsys):
             assert min(facts["ms"]) > 0
         operations = [kinds[kind]["gflop"] for kind in speed.KINDS]
         assert operations == sorted(operations)
-        for kind, of_its_own in speed.APART.items():
-            if of_its_own in kinds:
-                assert kinds[of_its_own]["gflop"] > kinds[kind]["gflop"]
+    for kind, apart in speed.APART.items():
+        facts = of_convolutions["TKFAC"]
+        assert facts[apart]["gflop"] > facts[kind]["gflop"]
+    for kind, whole in speed.WHOLE.items():
+        assert of_dense["TKFAC"][whole]["gflop"] == of_dense["TKFAC"][kind]["gflop"]
     shown = capsys.readouterr().out
     assert "resnet20: " in shown
     assert "| TKFAC, new statistics, apart" in shown

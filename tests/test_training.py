@@ -69,9 +69,12 @@ def test_it_equals_the_step_written_by_hand(estimator, fisher_interval, inverse_
     )
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_each_kind_of_step_is_a_program_that_is_traced_once(apart):
-    """Those with statistics share the program of the statistics alone, or on a CPU the half that traces the model."""
+@pytest.mark.parametrize(
+    ("apart", "interval", "inverse_interval"),
+    [(False, 2, 4), (True, 2, 4), (False, 5, 5), (False, 6, 12)],
+)
+def test_each_kind_of_step_is_a_program_that_is_traced_once(apart, interval, inverse_interval):
+    """Those with statistics share the program of the statistics alone, or the half that traces the model."""
     predict, params, x, y, layers = mlp_problem()
     traces = []
 
@@ -85,17 +88,18 @@ def test_each_kind_of_step_is_a_program_that_is_traced_once(apart):
         tkfac.Categorical(),
         optimizer,
         layers=layers,
-        fisher_interval=2,
-        inverse_interval=4,
+        fisher_interval=interval,
+        inverse_interval=inverse_interval,
         statistics_apart=apart,
     )
     params, state = copy(params), init(optimizer, params)
-    # Statistics and inverses at 0; plain at 1; statistics at 2; then nothing new.
-    third = 1 if apart or jax.default_backend() != "cpu" else 0
-    new = [2 if apart else 1, 1, third, 0, 0]
-    for t in range(5):
+    # Statistics and inverses at 0; plain at 1; statistics at `interval`; then nothing new.
+    shared = not apart and interval < 5 and jax.default_backend() == "cpu"
+    new = dict.fromkeys(range(2 * interval + 1), 0) | {0: 2 if apart else 1, 1: 1}
+    new[interval] = 0 if shared or inverse_interval == interval else 1
+    for t in range(2 * interval + 1):
         params, state, _ = step(params, state, x, targets=y, key=KEYS[0])
-        assert len(traces) == sum(new[: t + 1])
+        assert len(traces) == sum(list(new.values())[: t + 1])
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "empirical", "exact"])

@@ -14,7 +14,6 @@ from tkfac_jax.estimators import Batch
 from tkfac_jax.layers import replace_leaves, visible_leaves
 from tkfac_jax.objective import Objective
 from tkfac_jax.quadratic import Quadratic
-from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.schedule import Interval, Intervals, Missing, renew
 
 # A ratio of actual to predicted change within these bounds leaves the damping as it is.
@@ -148,7 +147,6 @@ class Adaptive(NamedTuple):
         position_mask: Any = None,
         example_weights: Any = None,
         axis_name: Any = None,
-        layer_rows: Mapping[str, LayerRows] = {},
         **extra_args: Any,
     ) -> tuple[Any, AdaptiveState]:
         """Makes one step; see `adaptive_tkfac`. An `axis_name` stands in for that of the optimizer, if it has none."""
@@ -170,7 +168,7 @@ class Adaptive(NamedTuple):
         )
         others, fallback = self.fallback.update(updates, state.fallback, params, **extra_args)
         gradient = objective.gradient(updates, params)
-        start = _Start(params, gradient, others, bool(layers.fallback), layer_rows)
+        start = _Start(params, gradient, others, bool(layers.fallback))
         warming = state.warmup_left > 0 if self._may_warm() else None
         state = self._renew(objective, state, start, statistics, refresh_inverses, warming)
         proposal = self._propose(objective, state, start)
@@ -272,9 +270,7 @@ class Adaptive(NamedTuple):
     def _propose(self, objective: Objective, state: AdaptiveState, start: "_Start") -> "_Proposal":
         """The step of the layers, of the lengths at which the model is smallest where they are not given."""
         active = self.curvature.active(start.gradient, state.curvature)
-        steps, counted = self.curvature.precondition(
-            start.gradient, state.curvature, active, start.layer_rows, gradient_is_used=True
-        )
+        steps, counted = self.curvature.precondition(start.gradient, state.curvature, active)
         names = self.curvature.layers.parameters
         natural = {n: leaf for n, leaf in visible_leaves(steps).items() if n in names}
         previous = {n: leaf for n, leaf in visible_leaves(state.previous).items() if n in names}
@@ -356,13 +352,12 @@ class Adaptive(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where a step starts: parameters, gradient of the objective, the fallback's steps, and steps from rows."""
+    """Where a step starts: parameters, gradient of the objective, and the fallback's steps."""
 
     params: Any
     gradient: Any
     others: Any
     has_others: bool
-    layer_rows: Mapping[str, LayerRows]
 
 
 class _Proposal(NamedTuple):

@@ -38,8 +38,6 @@ class LayerCall(NamedTuple):
       output: the output of the call, before anything else was done with it.
       layout: how kernel and bias are matrices.
       form: which rows the call multiplied with them.
-      exact: the output is known to be the product of rows and kernel, and nothing else: of a class of Flax, by this
-        library's own description of it.
     """
 
     kind: Kind
@@ -49,7 +47,6 @@ class LayerCall(NamedTuple):
     output: Any
     layout: Layout
     form: Form
-    exact: bool = False
 
 
 class Call(NamedTuple):
@@ -283,10 +280,7 @@ def describe_as(
     output: Any,
 ) -> LayerCall | str:
     """A call as a layer of a class that is registered."""
-    describe = _descriptions[known, method]
-    layer = describe(module, parameters, args, kwargs, output)
-    own = getattr(describe, "__module__", "").startswith(f"{__package__}.")
-    return layer._replace(exact=own) if isinstance(layer, LayerCall) else layer
+    return _descriptions[known, method](module, parameters, args, kwargs, output)
 
 
 def tag(

@@ -12,8 +12,8 @@ stacked layers are stacked too.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ from tkfac_jax.meshes import automatic, sum_over, vary, varying_axes
 from tkfac_jax.routes import Routes
 
 Sharing = Literal["expand", "reduce"]
-Slot = TypeVar("Slot")
 
 # Patches of a convolution are made for so many bytes of examples at a time: small enough to stay in
 # the cache of a CPU, large enough for full matrix products.
@@ -197,26 +196,28 @@ class Tagged(NamedTuple):
     names: set[str]
 
 
-# From a layer, one of its calls, what stands next to the kernel in `params` and the output so far to the tagged output.
-Tagger = Callable[[LayerSpec, LayerCall, Any, Array], Array]
-
-
 @contextlib.contextmanager
 def tagging(
-    layers: Layers, params: Any, entries: Mapping[str, Any], taggers: Sequence[Tagger]
+    layers: Layers,
+    params: Any,
+    slots: Mapping[str, LayerStatistics],
+    options: Options,
+    counting: Counting,
 ) -> Iterator[Tagged]:
     """Tags the layers that are applied inside the context.
 
     Args:
       layers: the layers to tag.
       params: the parameters; no two leaves the same object.
-      entries: by kernel, what is put next to it in `params`.
-      taggers: what tags the output of each call, one after the other.
+      slots: by layer, where its statistics go; see `zero_slots`.
+      options: how they are made.
+      counting: what counts in the batch.
 
     Yields:
       The parameters that the model must be given in the context, and the names of the layers that have
       been tagged so far.
     """
+    entries = {spec.kernel: slots[name] for name, spec in layers.items() if spec.routed}
     routes = Routes.through(params, entries)
     spec_of = {spec.kernel: spec for spec in layers.values()}
     tagged: set[str] = set()
@@ -230,96 +231,59 @@ def tagging(
         if match is None or spec is None:
             return layer.output
         tagged.add(spec.name)
-        output = layer.output
-        for tag_output in taggers:
-            output = tag_output(spec, layer, match.entry, output)
-        return output
+        # An entry that a cast has changed would receive statistics in low precision.
+        entry = match.entry
+        survives = isinstance(entry, LayerStatistics) and entry.trace.dtype == spec.dtype
+        return _attach(spec, layer, entry if survives else slots[spec.name], options, counting)
 
     # Entries in params make transformations trace again by themselves; a name does not.
     with observing(observe, retrace=any(spec.named for spec in layers.values())):
         yield Tagged(routes.params, tagged)
 
 
-def statistics_tagger(
-    slots: Mapping[str, LayerStatistics], options: Options, counting: Counting
-) -> Tagger:
-    """Tags that leave a layer's statistics in its slot.
-
-    Args:
-      slots: where the statistics go; see `zero_slots`. Those of routed layers are to be entries next to their kernels.
-      options: how they are made.
-      counting: what counts in the batch.
-    """
-
-    def tag_output(spec: LayerSpec, layer: LayerCall, entry: Any, output: Array) -> Array:
-        # An entry that a cast has changed would receive statistics in low precision.
-        survives = isinstance(entry, LayerStatistics) and entry.trace.dtype == spec.dtype
-        slot = entry if survives else slots[spec.name]
-        return attach(
-            output,
-            layer,
-            counting,
-            slot,
-            functools.partial(_accumulate, spec, layer.form, options),
-        )
-
-    return tag_output
-
-
-def attach(
-    output: Array,
-    layer: LayerCall,
-    given: Any,
-    slot: Slot,
-    accumulate: Callable[[Array, Array, Any], Slot],
+def _attach(
+    spec: LayerSpec, layer: LayerCall, slot: LayerStatistics, options: Options, counting: Counting
 ) -> Array:
-    """The identity on a layer's output; backwards, `slot` receives `accumulate(inputs, output gradient, given)`.
-
-    Args:
-      output: the output, as other tags may have left it.
-      layer: the call.
-      given: arrays that `accumulate` takes beside the layer's; nothing is differentiated with respect to them.
-      slot: zeros in the shapes of what `accumulate` returns.
-      accumulate: makes what is kept; that of several calls adds up.
-    """
+    """The output of a call, which leaves the call's statistics in a slot when it is pulled back."""
     inputs: Any = layer.inputs
     inputs = inputs() if callable(inputs) else inputs
+    accumulate = functools.partial(_accumulate, spec, layer.form, options)
     backwards = functools.partial(_slot_cotangent, accumulate, varying_axes(slot))
-    return _tag(output, inputs, given, slot, backwards)
+    return _tag(layer.output, inputs, counting, slot, backwards)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _tag(output: Array, inputs: Array, given: Any, slot: Any, backwards: Any) -> Array:
-    del inputs, given, slot, backwards
+def _tag(output: Array, inputs: Array, counting: Counting, slot: Any, backwards: Any) -> Array:
+    del inputs, counting, slot, backwards
     return output
 
 
 def _tag_forward(
-    output: Array, inputs: Array, given: Any, slot: Any, backwards: Any
-) -> tuple[Array, tuple[Array, Any]]:
+    output: Array, inputs: Array, counting: Counting, slot: Any, backwards: Any
+) -> tuple[Array, tuple[Array, Counting]]:
     del slot, backwards
-    return output, (inputs, given)
+    return output, (inputs, counting)
 
 
 def _tag_backward(
-    backwards: Any, residuals: tuple[Array, Any], gradient: Array
-) -> tuple[Array, None, None, Any]:
-    inputs, given = residuals
-    return gradient, None, None, backwards(inputs, gradient, given)
+    backwards: Any, residuals: tuple[Array, Counting], gradient: Array
+) -> tuple[Array, None, None, LayerStatistics]:
+    inputs, counting = residuals
+    return gradient, None, None, backwards(inputs, gradient, counting)
 
 
 _tag.defvjp(_tag_forward, _tag_backward)
 
 
 def _slot_cotangent(
-    accumulate: Callable[[Array, Array, Any], Slot],
+    accumulate: Callable[[Array, Array, Counting], LayerStatistics],
     axes: frozenset[str],
     inputs: Array,
     gradients: Array,
-    given: Any,
-) -> Slot:
-    """What is kept as a cotangent of a slot: it must vary over the mesh axes that the slot varies over."""
-    return vary(automatic(accumulate, inputs, gradients, given, out=PartitionSpec()), axes)
+    counting: Counting,
+) -> LayerStatistics:
+    """Statistics as a cotangent of a slot: it must vary over the mesh axes that the slot varies over."""
+    return vary(automatic(accumulate, inputs, gradients, counting, out=PartitionSpec()), axes)
 
 
 def _accumulate(

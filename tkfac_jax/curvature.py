@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from tkfac_jax.capture import LayerStatistics
-from tkfac_jax.damping import Damping, arrays_apart
+from tkfac_jax.damping import Damping, DampingArgument
 from tkfac_jax.division import Devices
 from tkfac_jax.factors import (
     Decay,
@@ -26,7 +26,6 @@ from tkfac_jax.inverses import Inverse, KroneckerInverses, invert_factors
 from tkfac_jax.layers import Layers, LayerSpec, visible_layers
 from tkfac_jax.meshes import automatic, mean_over, specs_of, varying_axes
 from tkfac_jax.precondition import precondition
-from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.storage import Storage, inverses_in_shape
 from tkfac_jax.tagged import Statistics, check_statistics
 
@@ -173,7 +172,7 @@ class Curvature(NamedTuple):
             factors: dict[str, KroneckerFactors],
             step: Array,
             weight: Array,
-            numbers: list[Any],
+            argument: DampingArgument,
         ) -> tuple[dict[str, KroneckerFactors], dict[str, Array]]:
             def averages(
                 statistics: Statistics, factors: dict[str, KroneckerFactors]
@@ -181,7 +180,7 @@ class Curvature(NamedTuple):
                 new = {name: kronecker_factors(statistics[name]) for name in active}
                 old = self.storage.load_factors(factors, active)
                 if self.averaging == "factors":
-                    damped = rest.with_arrays(numbers).damp(new, active, step)
+                    damped = argument.damping.damp(new, active, step)
                     return self.storage.store_factors(average_factors(old, damped, weight))
                 return self.storage.store_factors(average_moments(old, new, weight))
 
@@ -202,14 +201,13 @@ class Curvature(NamedTuple):
             return kept, good
 
         weight = decay_at(self.decay, state.factor_updates)
-        numbers, rest = arrays_apart(self.damping)
         factors, good = automatic(
             averaged,
             statistics,
             state.factors,
             state.step,
             weight,
-            numbers,
+            DampingArgument(self.damping),
             out=(specs_of(state.factors), PartitionSpec()),
         )
         accepted = _all(good)
@@ -242,24 +240,23 @@ class Curvature(NamedTuple):
             factors: dict[str, KroneckerFactors],
             old: dict[str, KroneckerInverses],
             step: Array,
-            numbers: list[Any],
+            argument: DampingArgument,
         ) -> tuple[dict[str, KroneckerInverses], dict[str, Array]]:
             damped = self.storage.load_factors(factors, active)
             if self.averaging == "moments":
-                damped = rest.with_arrays(numbers).damp(damped, active, step)
+                damped = argument.damping.damp(damped, active, step)
             old = {name: inverses_in_shape(active[name], inverse) for name, inverse in old.items()}
             devices = Devices(self.axis_name, self.storage.mesh, self.storage.divided)
             new, failures = invert_factors(damped, old, active, self.inverse, devices)
             return self.storage.store_inverses(new), failures
 
         chosen = {name: state.inverses[name] for name in names}
-        numbers, rest = arrays_apart(self.damping)
         inverses, failures = automatic(
             inverted,
             state.factors,
             chosen,
             state.step,
-            numbers,
+            DampingArgument(self.damping),
             out=(specs_of(chosen), PartitionSpec()),
         )
         refreshed = {
@@ -289,9 +286,6 @@ class Curvature(NamedTuple):
         updates: Any,
         state: TkfacState,
         active: Mapping[str, LayerSpec],
-        layer_rows: Mapping[str, LayerRows] = {},
-        *,
-        gradient_is_used: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         """Preconditions the layers' gradients; a layer whose step is not finite makes none.
 
@@ -299,8 +293,6 @@ class Curvature(NamedTuple):
           updates: the gradients.
           state: the state.
           active: its layers.
-          layer_rows: see `precondition.precondition`.
-          gradient_is_used: likewise.
 
         Returns:
           The updates, and the fields of the state that change.
@@ -310,8 +302,6 @@ class Curvature(NamedTuple):
             state.inverses,
             active,
             self.norm_constraint,
-            layer_rows,
-            gradient_is_used=gradient_is_used,
         )
         bad = {name: ~flag for name, flag in good.items()}
         return updates, {

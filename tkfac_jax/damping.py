@@ -36,44 +36,60 @@ class Damping(Protocol):
         ...
 
 
-class _Constant:
-    """A leaf that is no array, hashable: equal numbers are the same, and otherwise only the same object is."""
+class _Identity:
+    """Stands for an object that need not be hashable: only the same object is equal."""
 
-    def __init__(self, leaf: Any):
-        self.leaf = leaf
-        self._key = (type(leaf), leaf if isinstance(leaf, int | float) else id(leaf))
+    def __init__(self, value: Any):
+        self.value = value
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return id(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Constant) and self._key == other._key
+        return isinstance(other, _Identity) and self.value is other.value
 
 
-class WithoutArrays(NamedTuple):
-    """What a damping is but for its arrays; hashable, so that it can be a static argument.
+def _without_array(leaf: Any) -> Any:
+    """What is compared of a leaf: None for an array, a number itself, and of all else whether it is the same."""
+    if isinstance(leaf, jax.Array):
+        return None
+    return leaf if isinstance(leaf, int | float) else _Identity(leaf)
 
-    Attributes:
-      structure: its tree.
-      leaves: its leaves in their order, None in the place of each array.
+
+@jax.tree_util.register_pytree_node_class
+class DampingArgument:
+    """A damping as an argument of compiled functions: its arrays are the leaves, and all else is its structure.
+
+    The structures of two are equal if they are of one class, with equal numbers and otherwise the same objects.
     """
 
-    structure: Any
-    leaves: tuple[_Constant | None, ...]
+    def __init__(self, damping: Damping):
+        """Takes the damping apart."""
+        leaves, structure = jax.tree.flatten(damping)
+        self._arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        self._rest = structure, tuple(map(_without_array, leaves))
 
-    def with_arrays(self, arrays: Sequence[Array]) -> Any:
-        """The damping with these arrays in their places."""
-        next_array = iter(arrays)
-        leaves = [next(next_array) if leaf is None else leaf.leaf for leaf in self.leaves]
-        return jax.tree.unflatten(self.structure, leaves)
+    @property
+    def damping(self) -> Any:
+        """The damping, with the arrays that this one has."""
+        structure, rest = self._rest
+        arrays = iter(self._arrays)
+        leaves = [
+            next(arrays) if leaf is None else leaf.value if isinstance(leaf, _Identity) else leaf
+            for leaf in rest
+        ]
+        return jax.tree.unflatten(structure, leaves)
 
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        """The arrays, and all else."""
+        return self._arrays, self._rest
 
-def arrays_apart(damping: Damping | None) -> tuple[list[Array], WithoutArrays]:
-    """The arrays of a damping, traced ones too, and what else it is; None is a damping without any."""
-    leaves, structure = jax.tree.flatten(damping)
-    rest = tuple(None if isinstance(leaf, jax.Array) else _Constant(leaf) for leaf in leaves)
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-    return arrays, WithoutArrays(structure, rest)
+    @classmethod
+    def tree_unflatten(cls, auxiliary: Any, children: Sequence[Any]) -> "DampingArgument":
+        """The inverse of `tree_flatten`; a child may be anything that JAX puts in an array's place."""
+        new = object.__new__(cls)
+        new._arrays, new._rest = list(children), auxiliary
+        return new
 
 
 class NormalDamping(NamedTuple):

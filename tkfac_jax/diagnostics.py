@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Int
 from tkfac_jax.curvature import Averaging, LayerFaults, TkfacState, find_state
 from tkfac_jax.damping import (
     Damping,
+    DampingArgument,
     FactoredDamping,
     Value,
-    WithoutArrays,
-    arrays_apart,
     normal_damping,
 )
 from tkfac_jax.factors import KroneckerFactors
@@ -116,27 +115,28 @@ def diagnostics(
     active = _active_layers(state, layers)
     if damping is not None and not isinstance(damping, Damping):
         damping = normal_damping(damping)
-    numbers, rest = arrays_apart(damping)
-    return _report(state, numbers, tuple(active.items()), rest, averaging)
+        if not callable(damping.value):
+            # As an array, so that another number is not another program.
+            damping = normal_damping(jnp.asarray(damping.value))
+    argument = None if damping is None else DampingArgument(damping)
+    return _report(state, argument, tuple(active.items()), averaging)
 
 
 # One program: called one by one, its operations would be compiled for each size of factor, some of them at each call.
-@functools.partial(jax.jit, static_argnames=("items", "rest", "averaging"))
+@functools.partial(jax.jit, static_argnames=("items", "averaging"))
 def _report(
     state: TkfacState,
-    numbers: list[Array],
+    argument: DampingArgument | None,
     items: tuple[tuple[str, LayerSpec], ...],
-    rest: WithoutArrays,
     averaging: Averaging,
 ) -> dict[str, LayerDiagnostics]:
     """What `diagnostics` returns, from its arguments once they are checked."""
     layers = dict(items)
-    damping = rest.with_arrays(numbers)
     factors = {name: factors_in_shape(layers[name], own) for name, own in state.factors.items()}
     state = state._replace(factors=factors)
     ratios: dict[str, tuple[Array | None, Array | None]] = dict.fromkeys(layers, (None, None))
-    if damping is not None:
-        ratios |= _ratios(state, layers, damping, averaging)
+    if argument is not None:
+        ratios |= _ratios(state, layers, argument.damping, averaging)
     inverses = {name: inverses_in_shape(layers[name], own) for name, own in state.inverses.items()}
     return {
         name: LayerDiagnostics(

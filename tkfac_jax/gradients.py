@@ -1,4 +1,4 @@
-"""Loss, gradient, statistics of all layers, and the rows of a batch, from one forward pass."""
+"""Loss, gradient and statistics of all layers from one forward pass."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from tkfac_jax.estimators import (
 from tkfac_jax.joint import as_likelihood
 from tkfac_jax.layers import Layers
 from tkfac_jax.meshes import mean_over, vary, varying_axes
-from tkfac_jax.rowwise import KeptRows, LayerRows
 from tkfac_jax.statistics import (
     HIGHEST,
     MISSING_KEY,
@@ -110,14 +109,12 @@ class Gradients(NamedTuple):
       predicted: what `predict` returned.
       gradient: of the loss.
       statistics: of the layers, or None.
-      rows: by layer, the rows of the batch, where a step from them may be cheaper.
     """
 
     loss: Float[Array, ""]
     predicted: Any
     gradient: Any
     statistics: Statistics | None
-    rows: dict[str, LayerRows]
 
 
 def gradients_with_fisher(
@@ -146,7 +143,7 @@ def gradients_with_fisher(
       average: loss and gradient are averaged over it, too.
 
     Returns:
-      `f(params, *args, targets, key, position_mask, example_weights, keep_rows=False, **kwargs)`.
+      `f(params, *args, targets, key, position_mask, example_weights, **kwargs)`.
     """
     check_num_samples(num_samples)
     model = TaggedModel.build(predict, layers, options, has_aux)
@@ -169,35 +166,28 @@ def gradients_with_fisher(
         key: Any = None,
         position_mask: Any = None,
         example_weights: Any = None,
-        keep_rows: bool = False,
         **kwargs: Any,
     ) -> Gradients:
         batch = Batch(position_mask, example_weights)
         estimate = None if estimator is None else estimate_on(batch, targets, key)
         axes = varying_axes((params, args, kwargs, batch, targets))
-        rows = None
-        if keep_rows:
-            rows = KeptRows(layers, lambda params: model.outputs(params, args, kwargs), params)
         wanted = Wanted(
             vary(params, axes),
             None if estimate is None else model.zero_slots(axes),
-            None if rows is None else rows.zero_slots(axes),
         )
-        outputs, pull_back, aux = model.linearize(wanted, params, batch, args, kwargs, rows)
+        outputs, pull_back, aux = model.linearize(wanted, params, batch, args, kwargs)
         loss, derivative = jax.value_and_grad(
             lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
         )(outputs)
-        pulled = pull_back(derivative)
-        gradient = pulled.gradient
+        gradient = pull_back(derivative).gradient
         statistics = None
         if estimate is not None:
             summed = estimate(outputs, lambda cotangent: pull_back(cotangent).statistics)
             statistics = mean_over(summed, axis_name)
         if average and axis_name is not None:
             loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
-        kept = {} if rows is None else rows.of_layers(gradient, pulled.rows, axis_name)
         predicted = (outputs, aux) if has_aux else outputs
-        return Gradients(loss, predicted, gradient, statistics, kept)
+        return Gradients(loss, predicted, gradient, statistics)
 
     return gradients_of
 

@@ -10,9 +10,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from tkfac_jax.damping import Damping, WithoutArrays, arrays_apart
+from tkfac_jax.damping import Damping, DampingArgument
 from tkfac_jax.factors import zero_factors
 from tkfac_jax.inverses import invert_damping
 from tkfac_jax.layers import LayerSpec
@@ -35,21 +34,19 @@ def initial_curvature(
     Returns:
       Factors and inverses as they stand in the state.
     """
-    arrays, rest = arrays_apart(damping)
-    return _initial_curvature(arrays, rest, tuple(layers.items()), averaging, storage)
+    return _initial_curvature(DampingArgument(damping), tuple(layers.items()), averaging, storage)
 
 
-@functools.partial(jax.jit, static_argnames=("rest", "items", "averaging", "storage"))
+@functools.partial(jax.jit, static_argnames=("items", "averaging", "storage"))
 def _initial_curvature(
-    arrays: list[Array],
-    rest: WithoutArrays,
+    argument: DampingArgument,
     items: tuple[tuple[str, LayerSpec], ...],
     averaging: Averaging,
     storage: Storage,
 ) -> tuple[Factors, Inverses]:
     layers = dict(items)
     unknown = {name: zero_factors(spec) for name, spec in layers.items()}
-    damped = rest.with_arrays(arrays).damp(unknown, layers, jnp.zeros((), jnp.int32))
+    damped = argument.damping.damp(unknown, layers, jnp.zeros((), jnp.int32))
     inverses = invert_damping(damped, layers, storage.inverse_dtype)
     factors = damped if averaging == "factors" else unknown
     return storage.store_factors(factors), storage.store_inverses(inverses)

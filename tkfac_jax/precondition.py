@@ -14,7 +14,6 @@ from tkfac_jax.inverses import KroneckerInverses
 from tkfac_jax.layers import LayerSpec, named_leaves, replace_leaves
 from tkfac_jax.matrices import Layout
 from tkfac_jax.meshes import automatic, specs_of
-from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.storage import inverses_in_shape
 from tkfac_jax.structures import multiply
 
@@ -86,9 +85,6 @@ def precondition(
     inverses: Mapping[str, KroneckerInverses],
     layers: Mapping[str, LayerSpec],
     norm_constraint: float | Array | None = None,
-    layer_rows: Mapping[str, LayerRows] = {},
-    *,
-    gradient_is_used: bool = False,
 ) -> tuple[Any, dict[str, Bool[Array, ""]]]:
     """Preconditions the layers' gradients in a tree and hands every other leaf on as it is.
 
@@ -98,9 +94,6 @@ def precondition(
       layers: the layers.
       norm_constraint: bound `c` on the product of step and gradient, `u <- u min(1, sqrt(c / <u, g>))`, taken
         over all layers; in units of the loss. None: no bound.
-      layer_rows: by layer, the rows of the batch; used where they stand for the gradient and a step from them is
-        cheaper.
-      gradient_is_used: whether the gradients serve for something else, too.
 
     Returns:
       A tree of the same structure and dtypes; and by layer, whether its step was finite. A step that was not is zero.
@@ -112,25 +105,12 @@ def precondition(
         spec = layers[name]
         bias = None if spec.bias is None else leaves[spec.bias]
         given = leaves[spec.kernel], bias
-        rows = layer_rows.get(name)
-        used = gradient_is_used or norm_constraint is not None
-        if rows is not None and rows.stand_for(given, inverse, used):
-            step = jax.tree.map(
-                lambda part, own: part.astype(own.dtype), rows.step(spec, inverse), given
-            )
-            # What else the gradient serves for bears no overflow in its own dtype.
-            finite = all_finite((step, given if used else None))
-            kernel_step, bias_step = jax.tree.map(
-                lambda part, ok=finite: jnp.where(ok, part, 0), step
-            )
-        else:
-            kernel_step, bias_step, finite = automatic(
-                functools.partial(precondition_kernel, spec),
-                inverse,
-                *given,
-                out=(*specs_of(given), PartitionSpec()),
-            )
-        good[name] = finite
+        kernel_step, bias_step, good[name] = automatic(
+            functools.partial(precondition_kernel, spec),
+            inverse,
+            *given,
+            out=(*specs_of(given), PartitionSpec()),
+        )
         steps[spec.kernel] = kernel_step
         if spec.bias is not None and bias_step is not None:
             steps[spec.bias] = bias_step

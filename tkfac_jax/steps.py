@@ -1,34 +1,34 @@
 """What each kind of training step computes: one function to compile, or two, one after the other.
 
 Plain steps are one. Where new statistics come from a program of their own, it is the first of two. Where they come
-with the gradient, a CPU is better served by two halves, the gradient with the statistics and the update: a program asks
-for all of its memory at once, and what is more than some tens of megabytes the system gives anew at each step, page
-by page. The first of two is the same for all kinds of steps, and compiled once.
+with the gradient and often, a CPU is better served by two halves, the gradient with the statistics and the update: a
+program asks for all of its memory at once, and what is more than some tens of megabytes the system gives anew at each
+step, page by page. The first of two is the same for all kinds of steps, and compiled once.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from tkfac_jax.capture import Options, Rule, trace_restricted
 from tkfac_jax.curvature import Share, find_state
-from tkfac_jax.dependence import is_independent
 from tkfac_jax.estimators import Batch, Estimator, first_examples
 from tkfac_jax.gradients import Gradients, gradients_with_fisher
-from tkfac_jax.layers import Layers, named_leaves, replace_leaves
-from tkfac_jax.rowwise import LayerRows
+from tkfac_jax.layers import Layers
 from tkfac_jax.schedule import share_at
 from tkfac_jax.statistics import HIGHEST, Likelihoods, Precision, Sharings, fisher_of
 from tkfac_jax.tagged import Statistics
 
 Refresh = Literal["none", "share", "all"]
 
-# Where new statistics are at least so many steps apart, another forward pass for them costs little.
+# Where new statistics are at least so many steps apart, another forward pass for them costs little: on ResNet20 a step
+# with them then takes an eighth longer, and a quarter less memory.
 SELDOM = 10
+# Where they are fewer steps apart than this, halves spare more than a twentieth of the time (autoencoder, on a CPU: a
+# tenth of steps with new inverses, a sixth of those with new statistics alone). Else a program more is not worth it.
+OFTEN = 5
 
 
 class Kind(NamedTuple):
@@ -49,32 +49,22 @@ class StepOptions(NamedTuple):
     """Options of `make_train_step`, and what follows from them.
 
     Attributes:
-      fisher_interval: as there.
       inverse_interval: as there.
       shares: over how many shares inverses are spread; 1: they are not.
       apart: new statistics come from a program of their own.
       has_aux: as there.
-      steps_from_rows: as there.
       statistics_args: as there.
       model_args: as there.
       axis_name: as there.
     """
 
-    fisher_interval: int
     inverse_interval: int
     shares: int = 1
     apart: bool = False
     has_aux: bool = False
-    steps_from_rows: bool = True
     statistics_args: Callable[..., tuple[Any, ...]] | None = None
     model_args: Callable[..., tuple[Any, ...]] | None = None
     axis_name: str | None = None
-
-    def refreshes(self) -> list[Refresh]:
-        """Which inverses steps with new statistics may refresh."""
-        if self.shares > 1:
-            return ["all", "share", "none"]
-        return ["all", "none"] if self.fisher_interval % self.inverse_interval else ["all"]
 
 
 class StepFunctions(NamedTuple):
@@ -146,32 +136,40 @@ class StepFunctions(NamedTuple):
             return self._statistics
         return self._first_half if in_halves and self._come_together() else None
 
-    def step(self, kind: Kind, *, in_halves: bool) -> Callable[..., Any]:
-        """A kind of step, `(params, opt_state, args, data[, given]) -> (params, opt_state, metrics)`; see `before`."""
-        halved = in_halves and kind.statistics and self._come_together()
-        return functools.partial(self._second_half if halved else self._whole, kind)
-
-    def _come_together(self) -> bool:
-        """Whether statistics come with the gradient, and not from a forward pass of their own."""
-        return not self.options.apart and self.options.statistics_args is None
-
-    def _whole(
+    def step(
         self,
         kind: Kind,
         params: Any,
         opt_state: Any,
         args: Any,
         data: dict[str, Any],
-        statistics: Statistics | None = None,
+        given: Gradients | Statistics | None = None,
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """A whole step, for which another program may have taken the statistics."""
-        together = kind.statistics and self._come_together()
+        """A step of some kind.
+
+        Args:
+          kind: what is new in it.
+          params: the parameters.
+          opt_state: the optimizer's state.
+          args: the further arguments of the model.
+          data: targets, key, mask and weights.
+          given: what another program has found before; see `before`.
+
+        Returns:
+          The parameters, the state and the metrics.
+        """
+        if isinstance(given, Gradients):
+            return self._update(kind, params, opt_state, args, data, given)
+        together = kind.statistics and given is None and self._come_together()
         found = self._gather(params, args, data, with_statistics=together)
         if kind.statistics and not together:
-            if statistics is None:
-                statistics = self._statistics(params, opt_state, args, data)
-            found = found._replace(statistics=statistics)
+            new = self._statistics(params, opt_state, args, data) if given is None else given
+            found = found._replace(statistics=new)
         return self._update(kind, params, opt_state, args, data, found)
+
+    def _come_together(self) -> bool:
+        """Whether statistics come with the gradient, and not from a forward pass of their own."""
+        return not self.options.apart and self.options.statistics_args is None
 
     def _statistics(
         self, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
@@ -191,77 +189,18 @@ class StepFunctions(NamedTuple):
     def _first_half(
         self, params: Any, opt_state: Any, args: Any, data: dict[str, Any]
     ) -> Gradients:
-        """What the other half needs: no outputs, no gradients for which rows stand in, no rows that it does not use.
-
-        It does in one kind of step or another; they share this half.
-        """
+        """Gradient and statistics, without the outputs, which the other half does not need."""
+        del opt_state
         found = self._gather(params, args, data, with_statistics=True)
-        leaves = named_leaves(found.gradient)
-        own = {
-            leaf: leaves[leaf]
-            for name in found.rows
-            for leaf in (self.layers[name].kernel, self.layers[name].bias)
-            if leaf is not None
-        }
-
-        rows = {name: kept._replace(gradient=None) for name, kept in found.rows.items()}
-
-        def other_half(own: dict[str, Any], rows: dict[str, LayerRows]) -> Any:
-            gradient = replace_leaves(found.gradient, own)
-            changed = found._replace(gradient=gradient, rows=self._standing_for(gradient, rows))
-            return [
-                self._update(Kind(True, refresh), params, opt_state, args, data, changed)
-                for refresh in self.options.refreshes()
-            ]
-
-        needless = {}
-        if own and is_independent(lambda own: other_half(own, rows), own):
-            needless = dict.fromkeys(own)
-        elif own and is_independent(lambda rows: other_half(own, rows), rows):
-            rows = {}
-        return Gradients(
-            found.loss,
-            (None, found.predicted[1]) if self.options.has_aux else None,
-            replace_leaves(found.gradient, needless),
-            found.statistics,
-            rows,
-        )
-
-    def _second_half(
-        self,
-        kind: Kind,
-        params: Any,
-        opt_state: Any,
-        args: Any,
-        data: dict[str, Any],
-        given: Gradients,
-    ) -> tuple[Any, Any, dict[str, Any]]:
-        """The update; a gradient that nothing needs is 0."""
-        gradient = jax.tree.map(
-            lambda parameter, own: jnp.zeros_like(parameter) if own is None else own,
-            params,
-            given.gradient,
-        )
-        rows = self._standing_for(gradient, given.rows)
-        found = given._replace(gradient=gradient, rows=rows)
-        return self._update(kind, params, opt_state, args, data, found)
-
-    def _standing_for(self, gradient: Any, rows: dict[str, LayerRows]) -> dict[str, LayerRows]:
-        """Rows as those that stand for the leaves of a gradient."""
-        leaves = named_leaves(gradient)
-        specs = {name: self.layers[name] for name in rows}
-        own = {
-            name: (leaves[spec.kernel], None if spec.bias is None else leaves[spec.bias])
-            for name, spec in specs.items()
-        }
-        return {name: kept._replace(gradient=own[name]) for name, kept in rows.items()}
+        aux = (None, found.predicted[1]) if self.options.has_aux else None
+        return found._replace(predicted=aux)
 
     def _gather(
         self, params: Any, args: Any, data: dict[str, Any], *, with_statistics: bool
     ) -> Gradients:
         """The gradient, and statistics with it."""
         gradients_of = self.with_statistics if with_statistics else self.without_statistics
-        return gradients_of(params, *args, **data, keep_rows=self.options.steps_from_rows)
+        return gradients_of(params, *args, **data)
 
     def _update(
         self,
@@ -279,7 +218,6 @@ class StepFunctions(NamedTuple):
             params,
             statistics=found.statistics,
             refresh_inverses=self._which(kind.refresh, opt_state),
-            layer_rows=found.rows,
             # What only adaptive_tkfac looks at.
             adapt_damping=kind.adapt_damping,
             outputs_fn=self._outputs_fn(args),

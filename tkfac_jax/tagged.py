@@ -10,7 +10,6 @@ from tkfac_jax.capture import (
     Counting,
     LayerStatistics,
     Options,
-    statistics_tagger,
     tagging,
     zero_slots,
 )
@@ -18,7 +17,6 @@ from tkfac_jax.discovery import unjitted
 from tkfac_jax.estimators import Batch, Estimate
 from tkfac_jax.layers import Layers, visible_layers
 from tkfac_jax.meshes import mean_over, vary, varying_axes
-from tkfac_jax.rowwise import KeptRows
 
 Statistics = dict[str, LayerStatistics]
 
@@ -73,7 +71,6 @@ class TaggedModel(NamedTuple):
         batch: Batch,
         args: Any,
         kwargs: Any,
-        rows: KeptRows | None = None,
     ) -> tuple[Any, Callable[[Any], "Wanted"], Any]:
         """Outputs, the map from derivatives of the outputs to what is wanted, summed over examples, and aux.
 
@@ -84,37 +81,22 @@ class TaggedModel(NamedTuple):
 
         def outputs_of(wanted: Wanted) -> tuple[Any, Any]:
             own = params if wanted.gradient is None else wanted.gradient
-            return self._call(own, wanted, batch, args, kwargs, rows)
+            return self._call(own, wanted.statistics, batch, args, kwargs)
 
         outputs, pull_back, aux = jax.vjp(outputs_of, wanted, has_aux=True)
         return outputs, lambda cotangent: pull_back(cotangent)[0], aux
 
     def _call(
-        self,
-        params: Any,
-        wanted: "Wanted",
-        batch: Batch,
-        args: Any,
-        kwargs: Any,
-        rows: KeptRows | None,
+        self, params: Any, slots: Statistics | None, batch: Batch, args: Any, kwargs: Any
     ) -> tuple[Any, Any]:
-        taggers, entries = [], {}
-        if wanted.statistics is not None:
-            counting = Counting(batch.location_mask, batch.weights)
-            taggers.append(statistics_tagger(wanted.statistics, self.options, counting))
-            entries = {
-                spec.kernel: wanted.statistics[name]
-                for name, spec in self.layers.items()
-                if spec.routed
-            }
-        if rows is not None and wanted.rows:
-            taggers.append(rows.tagger(wanted.rows))
-        if not taggers:
+        """What the model predicts and aux; its layers are tagged if there are slots for their statistics."""
+        if slots is None:
             predicted = self.predict(params, *args, **kwargs)
             return predicted if self.has_aux else (predicted, None)
-        with tagging(self.layers, params, entries, taggers) as tagged:
+        counting = Counting(batch.location_mask, batch.weights)
+        with tagging(self.layers, params, slots, self.options, counting) as tagged:
             predicted = self.predict(tagged.params, *args, **kwargs)
-        for name in self.layers if wanted.statistics is not None else ():
+        for name in self.layers:
             if name not in tagged.names:
                 msg = (
                     f"layer '{name}' was not applied to its kernel, so it has no statistics. Pass the same "
@@ -130,12 +112,10 @@ class Wanted(NamedTuple):
     Attributes:
       gradient: the parameters, and then their gradient; None: not wanted.
       statistics: slots, and then the statistics; None: not wanted.
-      rows: slots of rows, and then the rows, by layer; None: not wanted.
     """
 
     gradient: Any = None
     statistics: Statistics | None = None
-    rows: Any = None
 
 
 def _distinct(params: Any) -> Any:

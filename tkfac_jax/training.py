@@ -18,7 +18,7 @@ from tkfac_jax.gradients import check_estimator
 from tkfac_jax.layers import Layers
 from tkfac_jax.schedule import check_interval, first_step_of, num_shares, share_at
 from tkfac_jax.statistics import HIGHEST, Likelihoods, Precision, Sharings
-from tkfac_jax.steps import Kind, Refresh, StepFunctions, StepOptions, takes_statistics_apart
+from tkfac_jax.steps import OFTEN, Kind, Refresh, StepFunctions, StepOptions, takes_statistics_apart
 
 ACCUMULATING = (
     "the optimizer is one of multi_steps, whose steps make_train_step cannot tell apart from micro-steps: give "
@@ -48,17 +48,17 @@ def make_train_step(
     spread_inverses: bool = False,
     statistics_apart: bool | None = None,
     statistics_args: Callable[..., tuple[Any, ...]] | None = None,
-    steps_from_rows: bool = True,
     axis_name: str | None = None,
     model_args: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Builds a training step that compiles one program for each kind of step.
 
-    Plain steps, steps with new statistics and steps with new inverses are separate programs, so
-    that a plain step carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics are two
-    programs, the gradient with the statistics, which they have in common, and the update; their memory is used again
-    at each step. A counter on the host picks; it is read from the state at the first call, and whenever the state is
-    not the one returned last. The buffers of `params` and `opt_state` are donated: use what the step returns.
+    Plain steps, steps with new statistics and steps with new inverses are separate programs, so that a plain step
+    carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics that are fewer than five steps
+    apart are two programs, the gradient with the statistics, which they have in common, and the update; their memory
+    is used again at each step. A counter on the host picks; it is read from the state at the first call, and whenever
+    the state is not the one returned last. The buffers of `params` and `opt_state` are donated: use what the step
+    returns.
 
     Args:
       predict: the model, `predict(params, *args) -> outputs`.
@@ -82,9 +82,6 @@ def make_train_step(
       statistics_args: from the arguments of `predict` to those with only the first examples of the batch, such as
         `lambda images: (images[:128],)`, over which the statistics are then taken: cheaper, noisier, and unbiased where
         examples come in random order. BatchNorm then normalises them by averages of their own.
-      steps_from_rows: Flax's dense layers that are wider than the batch has rows make their steps from these rows, if
-        that takes fewer operations than from their gradient; the steps are the same. Not layers that are called inside
-        a loop, a branch or another function that JAX transforms. False: never.
       axis_name: run under `jax.pmap` with this axis: every argument has a leading device axis, and
         loss, gradient and statistics are averaged over it.
       model_args: for `adaptive_tkfac`: from the arguments of `predict` to those with only the first examples of the
@@ -110,12 +107,10 @@ def make_train_step(
         optimizer,
         layers,
         StepOptions(
-            fisher_interval=fisher_interval,
             inverse_interval=inverse_interval,
             shares=shares,
             apart=takes_statistics_apart(layers, fisher_interval, statistics_apart),
             has_aux=has_aux,
-            steps_from_rows=steps_from_rows,
             statistics_args=statistics_args,
             model_args=model_args,
             axis_name=axis_name,
@@ -134,11 +129,12 @@ def make_train_step(
 
     @functools.cache
     def program(kind: Kind, in_halves: bool) -> Callable[..., Any]:
-        step = _compiled(functions.step(kind, in_halves=in_halves), axis_name, donated=(0, 1))
+        step = _compiled(functools.partial(functions.step, kind), axis_name, donated=(0, 1))
         first = before(in_halves) if kind.statistics else None
         return step if first is None else _in_two(first, step)
 
     counter = _HostCounter()
+    often = fisher_interval < OFTEN
 
     def step(
         params: Any,
@@ -160,7 +156,7 @@ def make_train_step(
             )
         )
         # What adaptive_tkfac does with the model shares the forward pass of the gradient, within one program.
-        in_halves = axis_name is None and not counter.adaptive and counter.on_cpu
+        in_halves = often and axis_name is None and not counter.adaptive and counter.on_cpu
         data = {
             "targets": targets,
             "key": key,

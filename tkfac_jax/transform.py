@@ -1,7 +1,7 @@
 """The Optax transformations: `scale_by_tkfac`, and the complete optimizers `tkfac` and `kfac`."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -13,7 +13,6 @@ from tkfac_jax.damping import Damping, TraceDamping, Value, factored_damping, no
 from tkfac_jax.factors import Decay
 from tkfac_jax.inverses import Inverse, cholesky_inverse
 from tkfac_jax.layers import Layers
-from tkfac_jax.rowwise import LayerRows
 from tkfac_jax.schedule import Interval, Intervals, Missing, renew
 from tkfac_jax.storage import Storage
 
@@ -133,13 +132,12 @@ def scale_by_tkfac(
         *,
         statistics: Any = Missing,
         refresh_inverses: bool | Share | None = None,
-        layer_rows: Mapping[str, LayerRows] = {},
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del params, extra_args
         active = curvature.active(updates, state)
         state = renew(curvature, intervals, state, active, statistics, refresh_inverses)
-        updates, counted = curvature.precondition(updates, state, active, layer_rows)
+        updates, counted = curvature.precondition(updates, state, active)
         return updates, state._replace(step=optax.safe_increment(state.step), **counted)
 
     return optax.GradientTransformationExtraArgs(curvature.init, update)
