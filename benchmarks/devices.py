@@ -35,7 +35,7 @@ import tkfac_jax as tkfac
 from benchmarks.figures import table
 from benchmarks.runner import environment
 from benchmarks.series import write_results
-from tkfac_jax.division import deal
+from tkfac_jax.linalg.divided_stacks import deal
 
 WIDTHS = (784, 1000, 500, 250, 30)
 

@@ -35,7 +35,7 @@ from benchmarks.mnist import load_images, load_labels
 from benchmarks.runner import Method, Problem, Run, environment, race
 from benchmarks.series import columns, write_json
 from tkfac_jax import analysis
-from tkfac_jax.factors import kronecker_factors
+from tkfac_jax.curvature.factors import kronecker_factors
 
 HIDDEN, CLASSES = (20, 20, 20, 20), 10
 BATCH_SIZE = 500

@@ -46,7 +46,7 @@ from benchmarks.loops import Intervals, interval_pair
 from benchmarks.runner import Method, Problem, environment, make_step
 from benchmarks.series import write_results
 from benchmarks.turns import Turns
-from tkfac_jax.inverses import invert_factors
+from tkfac_jax.curvature.inverses import invert_factors
 
 TURN, SETTLED = 20, 100
 BATCHES, DECAY, SPREAD, DAMPING = 25, 0.95, 4.0, 3e-3

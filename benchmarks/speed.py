@@ -49,7 +49,13 @@ from benchmarks.peers import has_kfac_jax, kfac_jax_constant
 from benchmarks.runner import Method, Problem, environment
 from benchmarks.series import write_results
 from benchmarks.turns import Turns
-from tkfac_jax.steps import OFTEN, Kind, StepFunctions, StepOptions, takes_statistics_apart
+from tkfac_jax.training.step_functions import (
+    OFTEN,
+    Kind,
+    StepFunctions,
+    StepOptions,
+    takes_statistics_apart,
+)
 
 PLAIN, STATISTICS, INVERSES = KINDS = ("plain", "new statistics", "new inverses")
 # New statistics from a program of their own, as of make_train_step(statistics_apart=True).

@@ -76,14 +76,14 @@ def known_flags():
 @pytest.fixture(autouse=True)
 def kernels_of_more_entries_are_large(monkeypatch):
     """The tests' layers are small; of most networks some keep their bias apart now, and some do not."""
-    monkeypatch.setattr("tkfac_jax.inverses.LARGEST_JOINED", 40)
+    monkeypatch.setattr("tkfac_jax.layers.spec.LARGEST_JOINED", 40)
 
 
 @pytest.fixture
 def set_constant(monkeypatch):
     """Sets a constant of the package for a test; the program that optimizers share was made with another."""
     # Not above, where the package would be imported without the checks of its types.
-    from tkfac_jax.initial import _initial_curvature
+    from tkfac_jax.curvature.initial_state import _initial_curvature
 
     def set_to(name, value):
         _initial_curvature.clear_cache()

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 import tkfac_jax as tkfac
-from tkfac_jax.matrices import Layout
-from tkfac_jax.structures import Structure
+from tkfac_jax.layers.kernel_matrix import Layout
+from tkfac_jax.layers.spec import keeps_bias_apart
+from tkfac_jax.linalg.factor_structure import Structure
 
 
 def as_float64(tree):
@@ -22,6 +23,7 @@ def as_float64(tree):
 def spec(d_in, d_out, *, has_bias=False, kind="dense", name=".", dtype="float64", large=None):
     """The spec of a layer that is one matrix; `d_in` counts the bias."""
     layout = Layout((d_in - has_bias, d_out), (), (0,), (1,), *(((1,), 1) if has_bias else ((), 0)))
+    phi = Structure.of_size(d_in, *(large or ()))
     return tkfac.LayerSpec(
         name=name,
         kind=kind,
@@ -31,8 +33,9 @@ def spec(d_in, d_out, *, has_bias=False, kind="dense", name=".", dtype="float64"
         bias_shape=(d_out,) if has_bias else None,
         dtype=dtype,
         layout=layout,
-        phi=Structure.of_size(d_in, *(large or ())),
+        phi=phi,
         psi=Structure.of_size(d_out, *(large or ())),
+        bias_apart=keeps_bias_apart(layout, phi),
     )
 
 

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tkfac_jax as tkfac
-from tkfac_jax import inverses
-from tkfac_jax.meshes import is_checked
+from tkfac_jax.layers import spec
+from tkfac_jax.linalg.meshes import is_checked
 
 STEPS = 5
 AXIS = "data"
@@ -160,7 +160,7 @@ def global_array(array, sharding):
 def main():
     process, processes, port, file = sys.argv[1:]
     # As conftest.py has it.
-    inverses.LARGEST_JOINED = 40
+    spec.LARGEST_JOINED = 40
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -13,7 +13,7 @@ from networks import mlp_problem as make_mlp_problem
 
 import tkfac_jax as tkfac
 from tkfac_jax import analysis
-from tkfac_jax.factors import kronecker_factors
+from tkfac_jax.curvature.factors import kronecker_factors
 
 # Sums of a few hundred float64 products.
 ROUNDING = {"rtol": 1e-10, "atol": 1e-12}

@@ -1,42 +1,39 @@
 """TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
 
 from tkfac_jax import analysis
-from tkfac_jax import linen as _linen  # noqa: F401 - registers the layers of Flax Linen
-from tkfac_jax import nnx as _nnx  # noqa: F401 - and those of Flax NNX
-from tkfac_jax.accumulation import multi_steps
-from tkfac_jax.adaptation import AdaptiveState
-from tkfac_jax.adaptive import adaptive_tkfac
-from tkfac_jax.calls import (
-    LayerCall,
-    attend_call,
-    conv_call,
-    dense_call,
-    embed_call,
-    register_layer,
-    tag,
-)
-from tkfac_jax.capture import LayerStatistics, independent, trace_restricted
-from tkfac_jax.curvature import LayerFaults, Share, TkfacState
-from tkfac_jax.damping import factored_damping, normal_damping, trace_damping
-from tkfac_jax.diagnostics import LayerDiagnostics, diagnostics
-from tkfac_jax.discovery import find_layers
-from tkfac_jax.factors import KroneckerFactors
-from tkfac_jax.gradients import value_and_grad_with_fisher
-from tkfac_jax.inverses import KroneckerInverses, cholesky_inverse
-from tkfac_jax.layers import Layers, LayerSpec
-from tkfac_jax.likelihoods import Bernoulli, Categorical, Likelihood, Normal
-from tkfac_jax.matrices import Convolution
-from tkfac_jax.newton_schulz import newton_schulz_inverse
-from tkfac_jax.shardings import state_shardings
-from tkfac_jax.statistics import (
+from tkfac_jax.curvature.damping import factored_damping, normal_damping, trace_damping
+from tkfac_jax.curvature.factors import KroneckerFactors
+from tkfac_jax.curvature.inverses import KroneckerInverses
+from tkfac_jax.curvature.shardings import state_shardings
+from tkfac_jax.curvature.shares import Share
+from tkfac_jax.curvature.state import LayerFaults, TkfacState
+from tkfac_jax.fisher.fisher_functions import empirical_fisher, exact_fisher, sampled_fisher
+from tkfac_jax.fisher.layer_statistics import (
+    LayerStatistics,
     Statistics,
-    empirical_fisher,
-    exact_fisher,
-    sampled_fisher,
+    independent,
+    trace_restricted,
 )
-from tkfac_jax.train_state import TrainState
-from tkfac_jax.training import make_train_step
-from tkfac_jax.transform import kfac, scale_by_tkfac, tkfac
+from tkfac_jax.fisher.likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from tkfac_jax.fisher.value_and_grad import value_and_grad_with_fisher
+from tkfac_jax.layer_diagnostics import LayerDiagnostics, diagnostics, diagnostics_table
+from tkfac_jax.layers import flax_linen as _flax_linen  # noqa: F401 - registers the layers of Flax Linen
+from tkfac_jax.layers import flax_nnx as _flax_nnx  # noqa: F401 - and those of Flax NNX
+from tkfac_jax.layers.discovery import find_layers
+from tkfac_jax.layers.layer_call import LayerCall, attend_call, conv_call, dense_call, embed_call
+from tkfac_jax.layers.register import register_layer, tag
+from tkfac_jax.layers.row_forms import Convolution
+from tkfac_jax.layers.spec import Layers, LayerSpec
+from tkfac_jax.linalg.cholesky import cholesky_inverse
+from tkfac_jax.linalg.lapack_threads import limit_lapack_threads
+from tkfac_jax.linalg.newton_schulz import newton_schulz_inverse
+from tkfac_jax.optimizers.accumulation import multi_steps
+from tkfac_jax.optimizers.adaptive import adaptive_tkfac
+from tkfac_jax.optimizers.adaptive_state import AdaptiveState
+from tkfac_jax.optimizers.preconditioner import scale_by_tkfac
+from tkfac_jax.optimizers.tkfac_and_kfac import kfac, tkfac
+from tkfac_jax.training.train_state import TrainState
+from tkfac_jax.training.train_step import make_train_step
 
 __all__ = [
     "AdaptiveState",
@@ -58,6 +55,7 @@ __all__ = [
     "LayerSpec",
     "analysis",
     "diagnostics",
+    "diagnostics_table",
     "LayerStatistics",
     "Layers",
     "Likelihood",
@@ -73,6 +71,7 @@ __all__ = [
     "find_layers",
     "independent",
     "kfac",
+    "limit_lapack_threads",
     "make_train_step",
     "multi_steps",
     "newton_schulz_inverse",

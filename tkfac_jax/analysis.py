@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tkfac_jax.capture import Rule, trace_restricted
-from tkfac_jax.estimators import Batch, exact_estimate
-from tkfac_jax.factors import KroneckerFactors, kronecker_factors
-from tkfac_jax.joint import as_likelihood
-from tkfac_jax.layers import Layers, LayerSpec, parameter_name, visible_layers
-from tkfac_jax.statistics import HIGHEST, Likelihoods, Sharings, exact_fisher
-from tkfac_jax.structures import dense as dense_matrix
+from tkfac_jax.curvature.factors import KroneckerFactors, kronecker_factors
+from tkfac_jax.fisher.estimators import Batch, exact_estimate
+from tkfac_jax.fisher.fisher_functions import HIGHEST, Likelihoods, Sharings, exact_fisher
+from tkfac_jax.fisher.joint_likelihood import as_likelihood
+from tkfac_jax.fisher.layer_statistics import Rule, trace_restricted
+from tkfac_jax.layers.parameter_tree import parameter_name
+from tkfac_jax.layers.spec import Layers, LayerSpec, visible_layers
+from tkfac_jax.linalg.factor_structure import dense as dense_matrix
 
 Gradients = dict[str, Array]
 
