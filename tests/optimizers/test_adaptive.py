@@ -462,18 +462,9 @@ def test_every_likelihood_and_both_rules_reduce_the_loss(likelihood, rule):
     targets = y if isinstance(likelihood, tkfac.Categorical) else jax.nn.one_hot(y, 3)
     damping = tkfac.factored_damping if rule is tkfac.independent else tkfac.normal_damping
     optimizer = tkfac.adaptive_tkfac(
-        layers, likelihood, initial_damping=0.1, damping_rule=damping, damping_interval=1
+        layers, likelihood, initial_damping=0.1, damping_rule=damping, damping_interval=1, rule=rule
     )
-    step = tkfac.make_train_step(
-        predict,
-        likelihood,
-        optimizer,
-        layers=layers,
-        fisher_interval=1,
-        inverse_interval=1,
-        rule=rule,
-        estimator="sampled",
-    )
+    step = tkfac.make_train_step(predict, likelihood, optimizer, estimator="sampled")
     state, losses = optimizer.init(params), []
     for t in range(8):
         params, state, metrics = step(params, state, x, targets=targets, key=jax.random.key(t))

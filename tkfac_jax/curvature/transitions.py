@@ -23,7 +23,13 @@ from tkfac_jax.curvature.precondition import precondition
 from tkfac_jax.curvature.shares import Share, shares
 from tkfac_jax.curvature.state import LayerFaults, TkfacState
 from tkfac_jax.curvature.storage import Storage, check_shapes, inverses_in_shape
-from tkfac_jax.fisher.layer_statistics import LayerStatistics, Statistics, check_statistics
+from tkfac_jax.fisher.layer_statistics import (
+    LayerStatistics,
+    Rule,
+    Statistics,
+    check_statistics,
+    trace_restricted,
+)
 from tkfac_jax.layers.spec import Layers, LayerSpec, visible_layers
 from tkfac_jax.linalg.divided_stacks import Devices
 from tkfac_jax.linalg.finite import all_finite
@@ -47,6 +53,7 @@ class Curvature(NamedTuple):
     storage: Storage
     axis_name: str | None = None
     norm_constraint: float | Array | None = None
+    rule: Rule = trace_restricted
 
     def init(self, params: Any) -> Any:
         """The state before the first statistics: the inverses are those of the damping alone."""
@@ -90,7 +97,7 @@ class Curvature(NamedTuple):
         Returns:
           The fields of the state that change, `ADDED`.
         """
-        check_statistics(statistics, self.layers)
+        check_statistics(statistics, self.layers, self.rule)
         statistics = mean_over(statistics, self.axis_name)
         apart = varying_axes(statistics) - varying_axes(state)
         if apart:

@@ -30,6 +30,8 @@ CHUNK_BYTES = 4 * 2**20
 class LayerStatistics(NamedTuple):
     """The statistics of one layer, means over examples.
 
+    Those of the rule `independent` are `IndependentStatistics`, whose fields are the same.
+
     The Fisher block of the layer is approximated by `input_moment (x) output_moment / trace`, the
     kernel's rows as in `kernel.reshape(-1, d_out)` and the bias last. The moments have the shapes of
     the layer's factors: `(d_in, d_in)` and `(d_out, d_out)` unless the layer's spec says otherwise (stacked
@@ -44,6 +46,10 @@ class LayerStatistics(NamedTuple):
     input_moment: Float[Array, "..."]
     output_moment: Float[Array, "..."]
     trace: Float[Array, "..."]
+
+
+class IndependentStatistics(LayerStatistics):
+    """The statistics of one layer under `independent`, KFAC's rule: of another type, so that they are told apart."""
 
 
 class RowWeights(NamedTuple):
@@ -132,10 +138,18 @@ class Options(NamedTuple):
         return self.sharing if isinstance(self.sharing, str) else self.sharing.get(name, "expand")
 
 
-def zero_slots(layers: Mapping[str, LayerSpec]) -> dict[str, LayerStatistics]:
-    """Zeros in the shapes of the statistics, one `LayerStatistics` per layer."""
+def statistics_type(rule: Rule) -> type[LayerStatistics]:
+    """The type of a rule's statistics. A rule of a user's own takes the place of TKFAC's."""
+    return IndependentStatistics if rule is independent else LayerStatistics
+
+
+def zero_slots(
+    layers: Mapping[str, LayerSpec], rule: Rule = trace_restricted
+) -> dict[str, LayerStatistics]:
+    """Zeros in the shapes of a rule's statistics, by layer."""
+    make = statistics_type(rule)
     return {
-        name: LayerStatistics(
+        name: make(
             jnp.zeros((*spec.batch, *spec.phi.shape), spec.dtype),
             jnp.zeros((*spec.batch, *spec.psi.shape), spec.dtype),
             jnp.zeros(spec.batch, spec.dtype),
@@ -237,7 +251,7 @@ def _statistics(
         weights = None if weights is None else weights.max(-1, keepdims=True)
     squares = squared_norms(spec.phi, inputs), squared_norms(spec.psi, gradients)
     counts = options.rule(*squares, weights)
-    return LayerStatistics(
+    return statistics_type(options.rule)(
         rows_moment(spec.phi, inputs, counts.inputs, options.precision),
         rows_moment(spec.psi, gradients, counts.outputs, options.precision),
         counts.traces.sum((-2, -1)),
@@ -247,11 +261,11 @@ def _statistics(
 Statistics = dict[str, LayerStatistics]
 
 
-def check_statistics(statistics: Any, layers: Layers) -> None:
+def check_statistics(statistics: Any, layers: Layers, rule: Rule) -> None:
     """Refuses statistics that are not those of the layers.
 
     Raises:
-      ValueError: a layer is missing or unknown, or its statistics have other shapes.
+      ValueError: a layer is missing or unknown, or its statistics are of another rule or have other shapes.
     """
     if not isinstance(statistics, dict) or set(statistics) != set(layers):
         received = sorted(statistics) if isinstance(statistics, dict) else type(statistics).__name__
@@ -264,6 +278,16 @@ def check_statistics(statistics: Any, layers: Layers) -> None:
         batch = spec.batch
         expected = ((*batch, *spec.phi.shape), (*batch, *spec.psi.shape), batch)
         received = tuple(jnp.shape(array) for array in statistics[name])
+        # A list or another tuple of three arrays is of no rule.
+        expected_type = statistics_type(rule)
+        if type(statistics[name]) is not expected_type:
+            msg = (
+                f"statistics of layer '{name}' are {type(statistics[name]).__name__}; expected "
+                f"{expected_type.__name__}, of the rule {getattr(rule, '__name__', rule)}. Give the Fisher function "
+                "and the optimizer the same rule: rule=tkfac_jax.independent for kfac(...), "
+                "tkfac_jax.trace_restricted, the default, for tkfac(...)."
+            )
+            raise ValueError(msg)
         if received != expected:
             msg = f"statistics of layer '{name}' have shapes {received}; expected {expected}."
             raise ValueError(msg)

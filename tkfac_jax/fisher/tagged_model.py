@@ -55,7 +55,7 @@ class TaggedModel(NamedTuple):
 
     def zero_slots(self, axes: frozenset[str]) -> Statistics:
         """Where the statistics go; the slots vary over some mesh axes."""
-        return vary(zero_slots(self.layers), axes)
+        return vary(zero_slots(self.layers, self.options.rule), axes)
 
     def linearize(
         self,

@@ -18,7 +18,16 @@ from jaxtyping import Array, Int
 from tkfac_jax.curvature.state import find_state
 from tkfac_jax.fisher.layer_statistics import Statistics, check_statistics, zero_slots
 from tkfac_jax.layers.spec import Layers
+from tkfac_jax.linalg.meshes import mean_over
 from tkfac_jax.optimizers.adaptive_state import find_adaptive
+from tkfac_jax.optimizers.plan import (
+    NO_PLAN,
+    Plan,
+    PlannedTransformation,
+    agreed,
+    plan_of,
+    with_plan,
+)
 from tkfac_jax.optimizers.refresh_schedule import (
     MISSING_STATISTICS,
     Interval,
@@ -54,9 +63,10 @@ def multi_steps(
     optimizer: optax.GradientTransformation,
     every_k: int,
     *,
-    layers: Layers,
-    fisher_interval: Interval = 1,
-) -> optax.GradientTransformationExtraArgs:
+    layers: Layers | None = None,
+    fisher_interval: Interval | None = None,
+    plan: Plan | None = None,
+) -> PlannedTransformation:
     """Updates once in `every_k` micro-batches, with the means of their gradients and of their statistics.
 
     The result is the optimizer's update on the whole batch, if the micro-batches are equally large and their
@@ -69,9 +79,10 @@ def multi_steps(
     * None: this micro-batch gives none. If some give none, the mean is that of the others; if all do, the update
       leaves the factors alone.
 
-    So the optimizer's own `fisher_interval` is not used. `refresh_inverses` and all other arguments go to the
-    optimizer as they come with the last micro-batch. Statistics of one micro-batch that are not finite
-    spoil the mean, which the optimizer skips and counts as it would those of the whole batch.
+    Layers, interval, rule and axis are those of the optimizer's `plan`: with an axis, the statistics of each
+    micro-batch are averaged over it as they come. `refresh_inverses` and all other arguments go to the optimizer as
+    they come with the last micro-batch. Statistics of one micro-batch that are not finite spoil the mean, which the
+    optimizer skips and counts as it would those of the whole batch.
 
     Not for `make_train_step`, which decides about statistics and inverses at every call: it wants the optimizer
     itself and whole batches.
@@ -79,12 +90,13 @@ def multi_steps(
     Args:
       optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`.
       every_k: micro-batches of a whole step.
-      layers: what `find_layers` returned, the layers of the optimizer.
-      fisher_interval: T_FIM, whole steps between new statistics.
+      layers: what `find_layers` returned, the layers of the optimizer; None: those of its plan.
+      fisher_interval: T_FIM, whole steps between new statistics; None: that of its plan.
+      plan: the plan of the optimizer inside, where a wrapper of Optax's, such as `optax.chain`, has dropped it.
 
     Returns:
-      The transformation; its state is an `AccumulationState`. It holds a second set of gradients and of
-      statistics.
+      The transformation, with a `plan` of its own; its state is an `AccumulationState`. It holds a second set of
+      gradients and of statistics.
 
     Raises:
       ValueError: an argument is wrong; at `init`, the optimizer has no `TkfacState` or several, or is an
@@ -99,7 +111,7 @@ def multi_steps(
       >>> predict = lambda params, x: model.apply({"params": params}, x)
       >>> layers = tkfac.find_layers(predict, params, batch)
       >>> fisher = tkfac.exact_fisher(predict, tkfac.Normal(), layers)
-      >>> optimizer = tkfac.multi_steps(tkfac.tkfac(0.1, layers), 2, layers=layers)
+      >>> optimizer = tkfac.multi_steps(tkfac.tkfac(0.1, layers), 2)
       >>> @jax.jit
       ... def micro_step(state, x):
       ...     grads = jax.grad(lambda params: (predict(params, x) ** 2).sum(-1).mean())(params)
@@ -111,7 +123,7 @@ def multi_steps(
       >>> bool(updates["kernel"].any()), int(state.mini_step)
       (True, 0)
     """
-    _check(optimizer, every_k, layers, fisher_interval)
+    plan = _checked_plan(optimizer, every_k, layers, fisher_interval, plan)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> AccumulationState:
@@ -123,7 +135,7 @@ def multi_steps(
         mini_step, num_statistics = (jnp.zeros((), jnp.int32) for _ in range(2))
         gradients = jax.tree.map(_zeros_to_add_to, params)
         return AccumulationState(
-            mini_step, gradients, zero_slots(layers), num_statistics, inner_state
+            mini_step, gradients, zero_slots(plan.layers, plan.rule), num_statistics, inner_state
         )
 
     def update(
@@ -157,7 +169,7 @@ def multi_steps(
             lambda mean, new: _running_mean(mean, new, state.mini_step), state.gradients, updates
         )
         state = state._replace(gradients=gradients)
-        state, surely = _add(state, statistics, layers, fisher_interval)
+        state, surely = _add(state, statistics, plan)
         is_last = state.mini_step == every_k - 1
         branches = [wait, functools.partial(finish, given=True)]
         # Often only the program knows whether there are statistics. The optimizer must not meet zeros for none.
@@ -166,16 +178,15 @@ def multi_steps(
         kind = jnp.where(is_last, 1 + (state.num_statistics == 0), 0)
         return jax.lax.switch(kind, branches, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return with_plan(optax.GradientTransformationExtraArgs(init, update), plan)
 
 
-def _add(
-    state: AccumulationState, statistics: Any, layers: Layers, fisher_interval: Interval
-) -> tuple[AccumulationState, bool]:
+def _add(state: AccumulationState, statistics: Any, plan: Plan) -> tuple[AccumulationState, bool]:
     """Averages a micro-batch's statistics with those before; says whether there are any in every case."""
 
     def add(state: AccumulationState, new: Any) -> AccumulationState:
-        check_statistics(new, layers)
+        check_statistics(new, plan.layers, plan.rule)
+        new = mean_over(new, plan.axis_name)
         number = state.num_statistics
         mean = jax.tree.map(
             lambda mean, new: _running_mean(mean, new, number), state.statistics, new
@@ -187,9 +198,10 @@ def _add(
     if not callable(statistics):
         return add(state, statistics), True
     make: Callable[[], Any] = statistics
-    if isinstance(fisher_interval, int) and fisher_interval == 1:
+    interval = 1 if plan.fisher_interval is None else plan.fisher_interval
+    if isinstance(interval, int) and interval == 1:
         return add(state, make()), True
-    due = find_state(state.inner_state).step % fisher_interval == 0
+    due = find_state(state.inner_state).step % interval == 0
     state = jax.lax.cond(due, lambda state: add(state, make()), lambda state: state, state)
     return state, False
 
@@ -208,7 +220,10 @@ def _cast_like(array: Array, other: Array) -> Array:
     return array.astype(other.dtype)
 
 
-def _check(optimizer: Any, every_k: Any, layers: Any, fisher_interval: Any) -> None:
+def _checked_plan(
+    optimizer: Any, every_k: Any, layers: Any, fisher_interval: Any, plan: Plan | None
+) -> Plan:
+    """The plan by which micro-batches are gathered, if all that was given for it is right."""
     if not isinstance(optimizer, optax.GradientTransformation):
         msg = (
             f"optimizer is {type(optimizer).__name__}; expected an Optax optimizer with one scale_by_tkfac in it, "
@@ -221,7 +236,15 @@ def _check(optimizer: Any, every_k: Any, layers: Any, fisher_interval: Any) -> N
             "It cannot change during training: give optimizers of their own to the parts of the training."
         )
         raise ValueError(msg)
-    if not isinstance(layers, Layers):
+    if layers is not None and not isinstance(layers, Layers):
         msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
         raise ValueError(msg)
     check_interval("fisher_interval", fisher_interval)
+    own = plan_of(optimizer, plan)
+    layers = agreed("layers", layers, None if own is None else own.layers)
+    if layers is None:
+        raise ValueError(NO_PLAN)
+    own = Plan(layers) if own is None else own
+    return own._replace(
+        fisher_interval=agreed("fisher_interval", fisher_interval, own.fisher_interval)
+    )

@@ -18,12 +18,14 @@ from tkfac_jax.curvature.storage import Storage
 from tkfac_jax.curvature.transitions import Curvature
 from tkfac_jax.fisher.fisher_functions import Likelihoods
 from tkfac_jax.fisher.joint_likelihood import as_likelihood
+from tkfac_jax.fisher.layer_statistics import Rule, trace_restricted
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.cholesky import cholesky_inverse
 from tkfac_jax.linalg.inversion import Inverse
 from tkfac_jax.optimizers.adaptive_state import DampingPolicy
 from tkfac_jax.optimizers.adaptive_step import Adaptive
 from tkfac_jax.optimizers.option_checks import check_devices, check_number, check_options
+from tkfac_jax.optimizers.plan import Plan, PlannedTransformation, with_plan
 from tkfac_jax.optimizers.refresh_schedule import Interval, Intervals, check_interval
 from tkfac_jax.optimizers.tkfac_and_kfac import DEFAULT_FALLBACK, with_fallback
 
@@ -51,8 +53,8 @@ def adaptive_tkfac(
     fallback: optax.GradientTransformation = DEFAULT_FALLBACK,
     damping_rule: Callable[[Any], Damping] | None = None,
     decay: Decay = 0.95,
-    fisher_interval: Interval = 1,
-    inverse_interval: Interval = 1,
+    fisher_interval: Interval | None = None,
+    inverse_interval: Interval | None = None,
     inverse: Inverse | None = None,
     factor_dtype: Any = None,
     inverse_dtype: Any = None,
@@ -60,7 +62,8 @@ def adaptive_tkfac(
     axis_name: str | None = None,
     mesh: Mesh | None = None,
     shard_state: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    rule: Rule | None = None,
+) -> PlannedTransformation:
     """TKFAC that chooses its own step length, momentum and damping.
 
     With the preconditioned gradient `u`, the previous step `d`, and the exact Gauss-Newton matrix `G` of the batch, the
@@ -112,8 +115,8 @@ def adaptive_tkfac(
       reject_steps: evaluate the loss after every step; do not make a step that raises it, but raise the damping.
       warmup_steps: updates at the start that only gather statistics, at each of them, and make no step.
       fallback: optimizer of the parameters of no layer.
-      damping_rule: from lambda to the damping; None is `normal_damping`. KFAC takes `factored_damping`, and its
-        statistics must come from a Fisher function with `rule=tkfac_jax.independent`.
+      damping_rule: from lambda to the damping; None is `normal_damping`. KFAC takes `factored_damping`, with
+        `rule=tkfac_jax.independent` here and in its Fisher function.
       decay: see `scale_by_tkfac`, as are all further arguments.
       fisher_interval: T_FIM, steps between new statistics.
       inverse_interval: T_INV, steps between new inverses.
@@ -124,6 +127,7 @@ def adaptive_tkfac(
       axis_name: mapped axis over which statistics, losses and the model are averaged and inversions divided.
       mesh: mesh of a program under `jax.jit`, among whose devices the inversions are divided.
       shard_state: with `mesh`, factors and inverses are divided over its devices.
+      rule: that of the statistics; None is `trace_restricted`, TKFAC's.
 
     Returns:
       The optimizer; its state is an `AdaptiveState`.
@@ -170,6 +174,7 @@ def adaptive_tkfac(
         raise ValueError(msg)
     # A default of None, as that of inverse: optax.inject_hyperparams takes a function for a schedule.
     damping_rule = normal_damping if damping_rule is None else damping_rule
+    rule = trace_restricted if rule is None else rule
     curvature = Curvature(
         layers,
         damping_rule(initial_damping),
@@ -178,6 +183,7 @@ def adaptive_tkfac(
         cholesky_inverse if inverse is None else inverse,
         Storage(factor_dtype, inverse_dtype, mesh, shard_state),
         axis_name,
+        rule=rule,
     )
     adaptive = Adaptive(
         curvature,
@@ -194,7 +200,10 @@ def adaptive_tkfac(
         reject_steps,
         warmup_steps,
     )
-    return optax.GradientTransformationExtraArgs(adaptive.init, adaptive.update)
+    plan = Plan(
+        layers, fisher_interval, inverse_interval, spread_inverses, rule, axis_name, likelihood
+    )
+    return with_plan(optax.GradientTransformationExtraArgs(adaptive.init, adaptive.update), plan)
 
 
 def _check_numbers(

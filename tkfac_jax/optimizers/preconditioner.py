@@ -12,10 +12,12 @@ from tkfac_jax.curvature.initial_state import Averaging
 from tkfac_jax.curvature.shares import Share
 from tkfac_jax.curvature.storage import Storage
 from tkfac_jax.curvature.transitions import Curvature
+from tkfac_jax.fisher.layer_statistics import Rule, trace_restricted
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.cholesky import cholesky_inverse
 from tkfac_jax.linalg.inversion import Inverse
 from tkfac_jax.optimizers.option_checks import check_devices, check_number, check_options
+from tkfac_jax.optimizers.plan import Plan, PlannedTransformation, with_plan
 from tkfac_jax.optimizers.refresh_schedule import Interval, Intervals, Missing, renew
 
 
@@ -24,8 +26,8 @@ def scale_by_tkfac(
     *,
     damping: Value | Damping = 1e-3,
     decay: Decay = 0.95,
-    fisher_interval: Interval = 1,
-    inverse_interval: Interval = 1,
+    fisher_interval: Interval | None = None,
+    inverse_interval: Interval | None = None,
     averaging: Averaging = "factors",
     norm_constraint: float | Array | None = None,
     inverse: Inverse | None = None,
@@ -35,7 +37,8 @@ def scale_by_tkfac(
     axis_name: str | None = None,
     mesh: Mesh | None = None,
     shard_state: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    rule: Rule | None = None,
+) -> PlannedTransformation:
     """Preconditions the gradients of the layers with TKFAC's approximation of the inverse Fisher.
 
     A layer's gradient `W` as a matrix becomes `Phi^-1 W Psi^-1` with the damped, averaged factors. All
@@ -60,8 +63,8 @@ def scale_by_tkfac(
         `normal_damping`, `trace_damping` or `factored_damping`.
       decay: epsilon, the weight of the old average: a number in [0, 1), where the first update
         replaces, or a function of the number of earlier factor updates.
-      fisher_interval: T_FIM, steps between new statistics.
-      inverse_interval: T_INV, steps between new inverses.
+      fisher_interval: T_FIM, steps between new statistics; None, if nobody says otherwise, is 1.
+      inverse_interval: T_INV, steps between new inverses, likewise.
       averaging: `"factors"` averages the damped factors, as Eqs. (5.18) and (5.19); `"moments"` averages
         the statistics and damps them when they are inverted.
       norm_constraint: bound on `<update, gradient>`, in units of the loss; see `precondition`. It
@@ -80,9 +83,10 @@ def scale_by_tkfac(
       mesh: mesh of a program under `jax.jit`, among whose devices the inversions are divided.
       shard_state: with `mesh`, factors and inverses are divided over its devices, not kept whole on each; see
         `state_shardings`. Where no axis divides evenly, they are filled up with zeros.
+      rule: that of the statistics: None is `trace_restricted`, TKFAC's; or `independent`, KFAC's.
 
     Returns:
-      The transformation; its state is a `TkfacState`.
+      The transformation; its state is a `TkfacState`, and its `plan` tells `make_train_step` what it was built with.
 
     Raises:
       ValueError: an argument is out of range; at `init`, the parameters do not match the layers; at
@@ -109,6 +113,7 @@ def scale_by_tkfac(
     """
     check_options(layers, decay, averaging)
     check_devices(axis_name, mesh, shard_state)
+    rule = trace_restricted if rule is None else rule
     intervals = Intervals.checked(fisher_interval, inverse_interval, spread_inverses)
     if norm_constraint is not None:
         check_number(
@@ -123,6 +128,7 @@ def scale_by_tkfac(
         Storage(factor_dtype, inverse_dtype, mesh, shard_state),
         axis_name,
         norm_constraint,
+        rule,
     )
 
     def update(
@@ -140,4 +146,5 @@ def scale_by_tkfac(
         updates, counted = curvature.precondition(updates, state, active)
         return updates, state._replace(step=optax.safe_increment(state.step), **counted)
 
-    return optax.GradientTransformationExtraArgs(curvature.init, update)
+    plan = Plan(layers, fisher_interval, inverse_interval, spread_inverses, rule, axis_name)
+    return with_plan(optax.GradientTransformationExtraArgs(curvature.init, update), plan)

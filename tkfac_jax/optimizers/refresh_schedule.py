@@ -32,11 +32,12 @@ class Intervals(NamedTuple):
 
     @classmethod
     def checked(cls, fisher: Any, inverse: Any, spread: bool) -> "Intervals":
-        """The intervals, if they are right.
+        """The intervals, if they are right; None is 1.
 
         Raises:
           ValueError: one is not a whole number of at least 1; or inverses are spread over one that is not known.
         """
+        fisher, inverse = (1 if interval is None else interval for interval in (fisher, inverse))
         check_interval("fisher_interval", fisher)
         check_interval("inverse_interval", inverse)
         if spread and not isinstance(inverse, int):

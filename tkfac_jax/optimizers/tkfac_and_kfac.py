@@ -10,9 +10,11 @@ from jaxtyping import Array
 from tkfac_jax.curvature.damping import Damping, TraceDamping, Value, factored_damping
 from tkfac_jax.curvature.factors import Decay
 from tkfac_jax.curvature.initial_state import Averaging
+from tkfac_jax.fisher.layer_statistics import Rule, independent
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.inversion import Inverse
 from tkfac_jax.optimizers.option_checks import check_number
+from tkfac_jax.optimizers.plan import PlannedTransformation, with_plan
 from tkfac_jax.optimizers.preconditioner import scale_by_tkfac
 from tkfac_jax.optimizers.refresh_schedule import Interval
 
@@ -29,8 +31,8 @@ def tkfac(
     fallback: optax.GradientTransformation = DEFAULT_FALLBACK,
     damping: Value | Damping = 1e-3,
     decay: Decay = 0.95,
-    fisher_interval: Interval = 1,
-    inverse_interval: Interval = 1,
+    fisher_interval: Interval | None = None,
+    inverse_interval: Interval | None = None,
     averaging: Averaging = "factors",
     norm_constraint: float | Array | None = None,
     inverse: Inverse | None = None,
@@ -40,7 +42,8 @@ def tkfac(
     axis_name: str | None = None,
     mesh: Mesh | None = None,
     shard_state: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    rule: Rule | None = None,
+) -> PlannedTransformation:
     """TKFAC, Algorithm 1 of the paper, on the layers; a complete optimizer of its own for all else.
 
     On the layers: precondition, add decoupled weight decay, multiply by minus the learning rate,
@@ -67,6 +70,7 @@ def tkfac(
       axis_name: mapped axis over which statistics are averaged and inversions divided.
       mesh: mesh of a program under `jax.jit`, among whose devices the inversions are divided.
       shard_state: with `mesh`, factors and inverses are divided over its devices.
+      rule: that of the statistics; None is `trace_restricted`, TKFAC's.
 
     Returns:
       The optimizer; its update function takes `statistics`, see `scale_by_tkfac`.
@@ -78,30 +82,31 @@ def tkfac(
     """
     check_number("momentum", momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
     check_number("weight_decay", weight_decay, lambda value: value >= 0, "a number of at least 0")
-    steps: list[optax.GradientTransformation] = [
-        scale_by_tkfac(
-            layers,
-            damping=damping,
-            decay=decay,
-            fisher_interval=fisher_interval,
-            inverse_interval=inverse_interval,
-            averaging=averaging,
-            norm_constraint=norm_constraint,
-            inverse=inverse,
-            factor_dtype=factor_dtype,
-            inverse_dtype=inverse_dtype,
-            spread_inverses=spread_inverses,
-            axis_name=axis_name,
-            mesh=mesh,
-            shard_state=shard_state,
-        )
-    ]
+    preconditioner = scale_by_tkfac(
+        layers,
+        damping=damping,
+        decay=decay,
+        fisher_interval=fisher_interval,
+        inverse_interval=inverse_interval,
+        averaging=averaging,
+        norm_constraint=norm_constraint,
+        inverse=inverse,
+        factor_dtype=factor_dtype,
+        inverse_dtype=inverse_dtype,
+        spread_inverses=spread_inverses,
+        axis_name=axis_name,
+        mesh=mesh,
+        shard_state=shard_state,
+        rule=rule,
+    )
+    steps: list[optax.GradientTransformation] = [preconditioner]
     if not _is_zero(weight_decay):
         steps.append(optax.add_decayed_weights(weight_decay, mask))
     steps.append(optax.scale_by_learning_rate(learning_rate))
     if not _is_zero(momentum):
         steps.append(optax.trace(momentum))
-    return with_fallback(optax.chain(*steps), fallback, layers)
+    # The last to be made, since optax.chain and optax.partition drop the plan.
+    return with_plan(with_fallback(optax.chain(*steps), fallback, layers), preconditioner.plan)
 
 
 def kfac(
@@ -110,16 +115,16 @@ def kfac(
     *,
     damping: Value | Damping = 1e-3,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> PlannedTransformation:
     """KFAC, the paper's baseline, on the machinery of `tkfac`.
 
-    Its statistics must come from a Fisher function built with `rule=tkfac_jax.independent`.
+    Its statistics must come from a Fisher function built with `rule=tkfac_jax.independent`; others are refused.
 
     Args:
       learning_rate: learning rate of the layers: a number or a schedule.
       layers: what `find_layers` returned.
       damping: a bare value is the lambda of `factored_damping`; or a damping.
-      **options: see `tkfac`, whose other arguments are all taken.
+      **options: see `tkfac`, whose other arguments are all taken but `rule`.
 
     Returns:
       The optimizer; see `tkfac`.
@@ -134,11 +139,13 @@ def kfac(
         msg = "trace damping is defined for TKFAC; give kfac a number or factored_damping(...)."
         raise ValueError(msg)
     damper = damping if isinstance(damping, Damping) else factored_damping(damping)
-    return tkfac(learning_rate, layers, damping=damper, **options)
+    return tkfac(learning_rate, layers, damping=damper, rule=independent, **options)
 
 
 # optax.inject_hyperparams reads the signature to know what can be injected.
-kfac.__signature__ = inspect.signature(tkfac)  # pyright: ignore[reportFunctionMemberAccess]
+_signature = inspect.signature(tkfac)
+_without_rule = [own for own in _signature.parameters.values() if own.name != "rule"]
+kfac.__signature__ = _signature.replace(parameters=_without_rule)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def with_fallback(

@@ -9,10 +9,11 @@ import optax
 
 from tkfac_jax.fisher.estimators import Estimator
 from tkfac_jax.fisher.fisher_functions import HIGHEST, Likelihoods, Precision, Sharings
-from tkfac_jax.fisher.layer_statistics import Rule, trace_restricted
+from tkfac_jax.fisher.layer_statistics import Rule
 from tkfac_jax.fisher.value_and_grad import check_estimator
 from tkfac_jax.layers.discovery import unjitted
 from tkfac_jax.layers.spec import Layers
+from tkfac_jax.optimizers.plan import Plan, agreed_plan, known_interval
 from tkfac_jax.optimizers.refresh_schedule import (
     check_interval,
     first_step_of,
@@ -40,22 +41,26 @@ def make_train_step(
     likelihood: Likelihoods,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
-    layers: Layers,
-    fisher_interval: int,
-    inverse_interval: int,
+    layers: Layers | None = None,
+    fisher_interval: int | None = None,
+    inverse_interval: int | None = None,
+    plan: Plan | None = None,
     estimator: Estimator = "sampled",
     num_samples: int = 1,
     sharing: Sharings = "expand",
-    rule: Rule = trace_restricted,
+    rule: Rule | None = None,
     precision: Precision = HIGHEST,
     has_aux: bool = False,
-    spread_inverses: bool = False,
+    spread_inverses: bool | None = None,
     statistics_apart: bool | None = None,
     statistics_args: Callable[..., tuple[Any, ...]] | None = None,
     axis_name: str | None = None,
     model_args: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Builds a training step that compiles one program for each kind of step.
+
+    What the optimizer was built with (its layers, intervals, rule and axis) is read from its `plan`, and need not be
+    said again; what is said here must agree with it.
 
     Plain steps, steps with new statistics and steps with new inverses are separate programs, so that a plain step
     carries no `lax.cond` and none of its copies. On a CPU, steps with new statistics that are fewer than five steps
@@ -69,17 +74,19 @@ def make_train_step(
       likelihood: what the outputs mean, or a mapping (see `sampled_fisher`); the loss is the mean of its `nll` over
         the examples.
       optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`, or `adaptive_tkfac(...)`.
-      layers: what `find_layers` returned.
-      fisher_interval: T_FIM, steps between new statistics. The optimizer's own intervals are not used.
-      inverse_interval: T_INV, steps between new inverses.
+      layers: what `find_layers` returned; None: the layers of the plan, as for the further arguments with None.
+      fisher_interval: T_FIM, steps between new statistics; 1, if the optimizer does not say either.
+      inverse_interval: T_INV, steps between new inverses, likewise.
+      plan: the plan of the optimizer inside, where a wrapper of Optax's, such as `optax.chain`, has dropped it. With
+        neither, `layers` and both intervals are to be given.
       estimator: `"sampled"`, `"empirical"` or `"exact"`, the Fisher of the statistics.
       num_samples: targets drawn per example by the sampled estimator.
       sharing: see `sampled_fisher`.
-      rule: `trace_restricted` (TKFAC) or `independent` (KFAC).
+      rule: `trace_restricted` (TKFAC) or `independent` (KFAC), as the optimizer's.
       precision: precision of the statistics' matrix products.
       has_aux: `predict` returns `(outputs, aux)`, as with the new state of BatchNorm.
       spread_inverses: spreads new inverses over `inverse_interval`, a few layers at a time, so that no step takes much
-        longer than others; the first step refreshes all. The optimizer's own option is not used.
+        longer than others; the first step refreshes all.
       statistics_apart: new statistics come from a program of their own, which makes another forward pass: with
         convolutions such a step then takes little more memory than a plain one, and more time. None: if there are
         convolutions and `fisher_interval` is at least 10.
@@ -97,14 +104,45 @@ def make_train_step(
       Fisher needs a `key`; mask and weights as in `sampled_fisher`.
 
     Raises:
-      ValueError: an interval is not a whole number of at least 1, or another option is wrong; when
-        called, the state holds no `TkfacState` or several.
+      ValueError: an interval is not a whole number of at least 1, or another option is wrong or not that of the
+        optimizer; it has no plan, and what a plan would say is not given; when called, the state holds no
+        `TkfacState` or several.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, tkfac_jax as tkfac
+      >>> model = nn.Dense(2)
+      >>> x, y = jnp.ones((5, 3)), jnp.zeros((5, 2))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> predict = lambda params, x: model.apply({"params": params}, x)
+      >>> layers = tkfac.find_layers(predict, params, x)
+      >>> optimizer = tkfac.tkfac(0.1, layers, fisher_interval=10, inverse_interval=10)
+      >>> step = tkfac.make_train_step(predict, tkfac.Normal(), optimizer)
+      >>> state = jax.jit(optimizer.init)(params)
+      >>> for i in range(3):
+      ...     key = jax.random.fold_in(jax.random.key(1), i)
+      ...     params, state, metrics = step(params, state, x, targets=y, key=key)
+      >>> list(metrics)
+      ['loss']
     """
+    check_estimator(estimator)
     check_interval("fisher_interval", fisher_interval)
     check_interval("inverse_interval", inverse_interval)
-    check_estimator(estimator)
+    plan = agreed_plan(
+        optimizer,
+        plan,
+        layers=layers,
+        fisher_interval=fisher_interval,
+        inverse_interval=inverse_interval,
+        spread_inverses=spread_inverses,
+        rule=rule,
+        axis_name=axis_name,
+        likelihood=likelihood,
+    )
+    layers, axis_name = plan.layers, plan.axis_name
+    fisher_interval = known_interval("fisher_interval", plan.fisher_interval)
+    inverse_interval = known_interval("inverse_interval", plan.inverse_interval)
     predict = unjitted(predict)
-    shares = num_shares(len(layers), inverse_interval) if spread_inverses else 1
+    shares = num_shares(len(layers), inverse_interval) if plan.spread_inverses else 1
     functions = StepFunctions.build(
         predict,
         likelihood,
@@ -121,7 +159,7 @@ def make_train_step(
         ),
         estimator=estimator,
         num_samples=num_samples,
-        rule=rule,
+        rule=plan.rule,
         sharing=sharing,
         precision=precision,
     )
