@@ -103,7 +103,6 @@ def first_order(
 def second_order(
     name: str,
     optimizer: Callable[..., Any],
-    rule: Any,
     settings: tuple[tuple[float, float, float], ...],
 ) -> list[Method]:
     """A Kronecker-factored method at several learning rates, dampings and norm constraints."""
@@ -124,7 +123,6 @@ def second_order(
             "lr {:g}, damping {:g}, norm constraint {:g}".format(*setting),
             lambda layers, setting=setting: build(layers, *setting),
             INTERVAL,
-            rule,
         )
         for setting in settings
     ]
@@ -178,8 +176,8 @@ def trials() -> dict[str, list[Method]]:
             (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         ),
         "Adam": first_order("Adam", optax.adam, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-        "KFAC": second_order("KFAC", tkfac.kfac, tkfac.independent, settings),
-        "TKFAC": second_order("TKFAC", tkfac.tkfac, tkfac.trace_restricted, settings),
+        "KFAC": second_order("KFAC", tkfac.kfac, settings),
+        "TKFAC": second_order("TKFAC", tkfac.tkfac, settings),
         "TKFAC adaptive": [adaptive(*dampings) for dampings in DAMPINGS],
         "kfac-jax adaptive": [
             kfac_jax_adaptive(initial_damping=first, min_damping=least) for first, least in DAMPINGS

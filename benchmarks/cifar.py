@@ -245,8 +245,7 @@ def make_method(
             fallback=adam(fallback, drop, steps),
         )
 
-    rule = tkfac.independent if name == "KFAC" else tkfac.trace_restricted
-    return Method(name, text, build, INTERVAL, rule)
+    return Method(name, text, build, INTERVAL)
 
 
 def neighbours(name: str, setting: Setting) -> list[Setting]:

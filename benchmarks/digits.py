@@ -112,7 +112,6 @@ def methods() -> list[Method]:
             "lr 0.1, damping 0.03",
             lambda layers: tkfac.kfac(0.1, layers, damping=0.03, fallback=fallback()),
             INTERVAL,
-            tkfac.independent,
         ),
         Method(
             "TKFAC, normal damping",

@@ -77,7 +77,7 @@ class Training:
         )
         layers = problem.find_layers()
         optimizer = method.build(layers)
-        self.train_step = make_step(problem, method, optimizer, layers)
+        self.train_step = make_step(problem, method, optimizer)
         params = jax.tree.map(jnp.array, problem.params)
         self.trees = (params, jax.jit(optimizer.init)(params), problem.model_state)
         self.keys = [jax.random.key(number) for number in range(self.turn)]

@@ -83,7 +83,7 @@ class Loop:
             layers = problem.find_layers()
             optimizer = method.build(layers)
             state = jax.jit(optimizer.init)(params)
-            self.step = make_step(problem, method, optimizer, layers)
+            self.step = make_step(problem, method, optimizer)
         else:
             state, self.step = {}, method.make_step(problem, None)
         self.trees = (params, state, problem.model_state)

@@ -111,13 +111,13 @@ def trials() -> dict[str, list[Method]]:
             Method("Adam", f"lr {rate:g}", lambda _, rate=rate: optax.adam(rate))
             for rate in (0.03, 0.001, 0.003, 0.01, 0.1)
         ],
-        "KFAC": second_order("KFAC", tkfac.kfac, tkfac.independent, kfac),
-        "TKFAC": second_order("TKFAC", tkfac.tkfac, tkfac.trace_restricted, trace),
+        "KFAC": second_order("KFAC", tkfac.kfac, kfac),
+        "TKFAC": second_order("TKFAC", tkfac.tkfac, trace),
     }
 
 
 def second_order(
-    name: str, optimizer: Callable[..., Any], rule: Any, settings: tuple[tuple[float, float], ...]
+    name: str, optimizer: Callable[..., Any], settings: tuple[tuple[float, float], ...]
 ) -> list[Method]:
     """A Kronecker-factored method at several learning rates and dampings."""
 
@@ -130,7 +130,6 @@ def second_order(
             "lr {:g}, damping {:g}".format(*setting),
             lambda layers, setting=setting: build(layers, *setting),
             INTERVAL,
-            rule,
         )
         for setting in settings
     ]

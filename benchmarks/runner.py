@@ -65,7 +65,6 @@ class Method:
       settings: the settings as text, which tell apart the trials of one method.
       build: from the layers to the optimizer.
       interval: steps between new statistics and inverses; None for a first-order method.
-      rule: the rule of the statistics.
       inverse_interval: steps between new inverses, where that is another number.
       estimator: the Fisher of the statistics.
       model_args: see `tkfac.make_train_step`.
@@ -79,7 +78,6 @@ class Method:
     settings: str
     build: Callable[[tkfac.Layers], Any]
     interval: int | None = None
-    rule: Any = tkfac.trace_restricted
     inverse_interval: int | None = None
     estimator: Any = "sampled"
     model_args: Callable[..., tuple[Any, ...]] | None = None
@@ -115,7 +113,7 @@ class Run:
         self.layers = problem.find_layers()
         optimizer = method.build(self.layers)
         self.train_step = (
-            make_step(problem, method, optimizer, self.layers)
+            make_step(problem, method, optimizer)
             if method.make_step is None
             else method.make_step(problem, optimizer)
         )
@@ -235,20 +233,16 @@ def _moved(average: Any, params: Any, weight: float) -> Any:
     return optax.incremental_update(params, average, weight)
 
 
-def make_step(
-    problem: Problem, method: Method, optimizer: Any, layers: tkfac.Layers
-) -> Callable[..., Any]:
+def make_step(problem: Problem, method: Method, optimizer: Any) -> Callable[..., Any]:
     """A step `(params, opt_state, model_state), inputs, targets, key -> the same three`."""
     if method.interval is not None:
         inner = tkfac.make_train_step(
             problem.predict,
             problem.likelihood,
             optimizer,
-            layers=layers,
             fisher_interval=method.interval,
             inverse_interval=method.inverse_interval or method.interval,
             estimator=method.estimator,
-            rule=method.rule,
             has_aux=True,
             model_args=method.model_args,
             statistics_args=method.statistics_args,

@@ -186,7 +186,6 @@ def methods() -> list[Method]:
             "",
             lambda layers: tkfac.kfac(RATE, layers, damping=DAMPING),
             1,
-            tkfac.independent,
         ),
         Method("TKFAC", "", lambda layers: tkfac.tkfac(RATE, layers, damping=DAMPING), 1),
         Method(
@@ -279,7 +278,7 @@ class Contender:
                 has_aux=True,
                 statistics_args=method.statistics_args,
             ),
-            rule=method.rule,
+            rule=self.optimizer.plan.rule,
         )
         refresh = "all" if kind in (INVERSES, APART[INVERSES], WHOLE[INVERSES]) else "none"
         in_halves = _on_cpu() and kind not in WHOLE.values()

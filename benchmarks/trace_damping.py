@@ -146,10 +146,11 @@ def variant(
             layers,
             momentum=MOMENTUM,
             damping=own,
+            rule=rule,
             fallback=optax.adam(RATE, b1=MOMENTUM),
         )
 
-    return Method(name, settings, build, INTERVAL, rule)
+    return Method(name, settings, build, INTERVAL)
 
 
 def variants() -> list[Method]:
@@ -181,7 +182,8 @@ def variants() -> list[Method]:
 
 def traces_of(run: Run) -> dict[str, float] | None:
     """Smallest and largest average trace of a convolution, and that of the dense layer; None if the rule has none."""
-    if run.method.rule is not tkfac.trace_restricted:
+    plan = run.method.build(run.layers).plan
+    if plan.rule is not tkfac.trace_restricted:
         return None
     factors = optax.tree.get(run.trees[1], "factors")
     traces = {name: float(factor.delta) for name, factor in factors.items()}

@@ -83,7 +83,7 @@ def kernels_of_more_entries_are_large(monkeypatch):
 def set_constant(monkeypatch):
     """Sets a constant of the package for a test; the program that optimizers share was made with another."""
     # Not above, where the package would be imported without the checks of its types.
-    from tkfac_jax.curvature.initial_state import _initial_curvature
+    from tkfac_jax.curvature.state import _initial_curvature
 
     def set_to(name, value):
         _initial_curvature.clear_cache()

@@ -109,7 +109,7 @@ def test_contributing_names_every_module_in_its_room():
 
 def test_the_walks_of_contributing_lead_where_they_say():
     """Each step of a walk is `room/module.py` with the names in it that are to be read."""
-    steps = re.findall(r"`(\w+(?:/\w+)?)\.py`: ((?:`[\w.]+`(?:, )?)+)", GUIDE)
+    steps = re.findall(r"`(\w+/\w+)\.py`:\s((?:`[\w.]+`(?:, )?)+)", GUIDE)
     assert len(steps) > 20
     for place, names in steps:
         text = MODULES[place.replace("/", ".")].read_text()

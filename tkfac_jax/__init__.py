@@ -3,9 +3,8 @@
 from tkfac_jax import analysis
 from tkfac_jax.curvature.damping import factored_damping, normal_damping, trace_damping
 from tkfac_jax.curvature.factors import KroneckerFactors
-from tkfac_jax.curvature.inverses import KroneckerInverses
+from tkfac_jax.curvature.inverses import KroneckerInverses, Share
 from tkfac_jax.curvature.shardings import state_shardings
-from tkfac_jax.curvature.shares import Share
 from tkfac_jax.curvature.state import LayerFaults, TkfacState
 from tkfac_jax.fisher.fisher_functions import empirical_fisher, exact_fisher, sampled_fisher
 from tkfac_jax.fisher.layer_statistics import (

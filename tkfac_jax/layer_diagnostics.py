@@ -15,8 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tkfac_jax.curvature.damping import Damping, DampingArgument, Value, normal_damping
 from tkfac_jax.curvature.damping_ratios import damping_ratios
-from tkfac_jax.curvature.initial_state import Averaging
-from tkfac_jax.curvature.state import LayerFaults, TkfacState, find_state
+from tkfac_jax.curvature.state import Averaging, LayerFaults, TkfacState, find_state
 from tkfac_jax.curvature.storage import check_shapes, factors_in_shape, inverses_in_shape
 from tkfac_jax.layers.spec import LayerSpec
 from tkfac_jax.linalg.condition_numbers import condition_number

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from networks import Small
+from networks import Small, mlp_problem
 
 import tkfac_jax as tkfac
 from benchmarks import cifar, cifar_data, factored_damping, runner, trace_damping
@@ -643,11 +643,12 @@ def test_the_trace_damping_command_and_its_resumption(small, monkeypatch, capsys
 
 def test_the_factored_damping_command(small, monkeypatch, capsys):
     """Each variant has the rule that its name says, and the three of equal lambda differ."""
+    *_, layers = mlp_problem()
     variants = factored_damping.variants()
     assert len({method.slug for method in variants}) == len(variants)
     for method in variants:
         expected = tkfac.independent if method.name.startswith("KFAC") else tkfac.trace_restricted
-        assert method.rule is expected
+        assert method.build(layers).plan.rule is expected
     compared = [method for method in variants if method.settings == "damping 0.001"]
     assert len(compared) == 4
     out = small / "out"

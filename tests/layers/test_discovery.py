@@ -8,7 +8,7 @@ from flax import nnx
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
-from tkfac_jax.layers import discovery
+from tkfac_jax.layers.kernel_uses import NORM
 
 
 def init(model, *args):
@@ -47,8 +47,8 @@ def test_conv_geometry_and_fallback_reasons():
     assert spec.geometry.window == (3, 3)
     assert spec.geometry.strides == (2, 2)
     assert dict(layers.fallback) == {
-        "BatchNorm_0/bias": discovery.NORM,
-        "BatchNorm_0/scale": discovery.NORM,
+        "BatchNorm_0/bias": NORM,
+        "BatchNorm_0/scale": NORM,
     }
     labels = layers.labels(params)
     assert labels["BatchNorm_0"] == {"bias": "fallback", "scale": "fallback"}
@@ -316,8 +316,8 @@ def test_stacked_norms_are_not_reported_as_kernels():
 
     layers = tkfac.find_layers(predict, params, x, on_unsupported="error")
     assert dict(layers.fallback) == {
-        "LayerNorm_0/bias": discovery.NORM,
-        "LayerNorm_0/scale": discovery.NORM,
+        "LayerNorm_0/bias": NORM,
+        "LayerNorm_0/scale": NORM,
     }
     exact = tkfac.find_layers(predict, params, x, norms="exact", on_unsupported="error")
     assert exact["LayerNorm_0"].batch == (2,)

@@ -6,7 +6,7 @@ import pytest
 from networks import convnet_problem, mlp_problem
 
 import tkfac_jax as tkfac
-from tkfac_jax.layers import discovery
+from tkfac_jax.layers.kernel_uses import NORM
 
 
 def test_table_shows_layers_memory_and_fallback():
@@ -17,7 +17,7 @@ def test_table_shows_layers_memory_and_fallback():
     assert lines[2].split() == ["Conv_0", "conv", "19", "4", "0.003"]
     assert lines[3].split() == ["Dense_0", "dense", "37", "3", "0.011"]
     assert lines[4].split() == ["total", "0.014"]
-    assert f"  BatchNorm_0/scale: {discovery.NORM}" in lines
+    assert f"  BatchNorm_0/scale: {NORM}" in lines
     assert repr(layers) == str(layers)
 
 

@@ -7,7 +7,7 @@ import pytest
 from networks import mlp_problem, spec
 
 import tkfac_jax as tkfac
-from tkfac_jax.curvature.shares import shares
+from tkfac_jax.curvature.inverses import shares
 from tkfac_jax.curvature.state import find_state
 from tkfac_jax.optimizers.refresh_schedule import first_step_of, num_shares, share_at
 

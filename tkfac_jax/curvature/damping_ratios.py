@@ -8,8 +8,7 @@ from jaxtyping import Array, Float
 
 from tkfac_jax.curvature.damping import Damping, FactoredDamping
 from tkfac_jax.curvature.factors import KroneckerFactors
-from tkfac_jax.curvature.initial_state import Averaging
-from tkfac_jax.curvature.state import TkfacState
+from tkfac_jax.curvature.state import Averaging, TkfacState
 from tkfac_jax.layers.spec import LayerSpec
 from tkfac_jax.linalg.factor_structure import Structure
 

@@ -17,11 +17,9 @@ from tkfac_jax.curvature.factors import (
     decay_at,
     kronecker_factors,
 )
-from tkfac_jax.curvature.initial_state import Averaging, initial_curvature
-from tkfac_jax.curvature.inverses import KroneckerInverses, invert_factors
+from tkfac_jax.curvature.inverses import KroneckerInverses, Share, invert_factors, shares
 from tkfac_jax.curvature.precondition import precondition
-from tkfac_jax.curvature.shares import Share, shares
-from tkfac_jax.curvature.state import LayerFaults, TkfacState
+from tkfac_jax.curvature.state import Averaging, LayerFaults, TkfacState, initial_curvature
 from tkfac_jax.curvature.storage import Storage, check_shapes, inverses_in_shape
 from tkfac_jax.fisher.layer_statistics import (
     LayerStatistics,

@@ -3,72 +3,37 @@
 `find_layers` traces the function abstractly and notes which layer uses which leaf of `params`. Where a
 layer is given the very array that stands in `params`, nothing more has to be asked. Where a
 transformation stands in between, the kernel that the layer sees is compared with the parameter
-(`_check_values`), because the Fisher block of a scaled or normalised kernel is not the block of the parameter.
+(`kernel_values`), because the Fisher block of a scaled or normalised kernel is not the block of the parameter.
 """
 
 import inspect
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tkfac_jax.layers.kernel_matrix import Layout
+from tkfac_jax.layers.kernel_uses import (
+    Notes,
+    Use,
+    conflict,
+    refuse_shared_biases,
+    trace_uses,
+)
 from tkfac_jax.layers.kernel_values import check_values
-from tkfac_jax.layers.layer_call import Call, LayerCall, observing
 from tkfac_jax.layers.parameter_tree import named_leaves
 from tkfac_jax.layers.per_example import check_calls
-from tkfac_jax.layers.routes import Routes, split_arrays
-from tkfac_jax.layers.row_forms import Convolution, Form
+from tkfac_jax.layers.row_forms import Convolution
 from tkfac_jax.layers.spec import Layers, LayerSpec, keeps_bias_apart
 from tkfac_jax.linalg.factor_structure import Structure
 
 NOT_FOUND = "no supported layer uses it as it stands in params (it is unused, or changed before a layer uses it)"
 
-OTHER_METHOD = (
-    "its layer is applied by another method than __call__, as by nn.WeightNorm and nn.SpectralNorm"
-)
-
-NORM = 'it belongs to a norm; find_layers(..., norms="exact") gives it an exact block'
-
 
 def unjitted(fun: Callable[..., Any]) -> Callable[..., Any]:
     """The function under `jax.jit`: a cached trace would hide the module calls from the library."""
     return inspect.unwrap(fun, stop=lambda inner: not isinstance(inner, jax.stages.Wrapped))
-
-
-class _Use(NamedTuple):
-    """One use of a kernel by a supported layer, as static facts."""
-
-    kind: str
-    bias: str | None
-    layout: Layout
-    stack: tuple[int, ...]
-    form: Form
-    dtype: np.dtype
-    as_it_stands: bool
-    routed: bool
-    named: bool
-    name: str | None
-
-
-class _Notes(NamedTuple):
-    """What an abstract call of the function has shown.
-
-    Attributes:
-      uses: by kernel, the uses that can be treated.
-      reasons: by parameter, why it is left to the fallback.
-      remarks: by parameter, what to say if no use has been found.
-      norms: the parameters of norms.
-    """
-
-    uses: dict[str, list[_Use]]
-    reasons: dict[str, str]
-    remarks: dict[str, str]
-    norms: set[str]
 
 
 def find_layers(
@@ -124,8 +89,8 @@ def find_layers(
     _check_options(on_unsupported, norms, max_factor_size, large_factors)
     fun = unjitted(fun)
     shapes = {name: tuple(jnp.shape(leaf)) for name, leaf in named_leaves(params).items()}
-    notes = _trace_uses(fun, params, args, kwargs, norms)
-    _refuse_shared_biases(notes)
+    notes = trace_uses(fun, params, args, kwargs, norms)
+    refuse_shared_biases(notes)
 
     specs = []
     for kernel, kernel_uses in notes.uses.items():
@@ -134,7 +99,7 @@ def find_layers(
         )
         if kernel in notes.reasons:
             continue
-        reason = _conflict(kernel_uses)
+        reason = conflict(kernel_uses)
         if reason is None:
             specs.append(_spec(kernel, shapes, kernel_uses, max_factor_size, large_factors))
         else:
@@ -158,102 +123,10 @@ def find_layers(
     return Layers(tuple(specs), fallback)
 
 
-def _trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, norms: str) -> _Notes:
-    """Watches an abstract call of `fun`: the uses of each kernel, and why other parameters are left."""
-    arrays, combine = split_arrays((args, kwargs))
-
-    def watch(with_entries: bool) -> _Notes:
-        notes = _Notes({}, {}, {}, set())
-
-        def traced(params: Any, arrays: list[Any]) -> Any:
-            # Two leaves may be one tracer only outside of a trace: here each has its own.
-            leaves = {n: leaf for n, leaf in named_leaves(params).items() if hasattr(leaf, "dtype")}
-            entries = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
-            routes = Routes.through(params, entries if with_entries else {})
-            args, kwargs = combine(arrays)
-            with observing(lambda call: _note(call, routes, leaves, norms, notes)):
-                return fun(routes.params, *args, **kwargs)
-
-        jax.eval_shape(traced, params, arrays)
-        return notes
-
-    try:
-        return watch(with_entries=True)
-    except Exception:
-        return watch(with_entries=False)
-
-
-def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, notes: _Notes) -> Any:
-    """Notes one call: a use of its kernel, or why its parameters are left."""
-    layer = call.layer
-    if not isinstance(layer, LayerCall) or (layer.kind == "norm" and norms == "fallback"):
-        for match in filter(None, (routes.match(call, key) for key in call.parameters)):
-            if isinstance(layer, LayerCall):
-                notes.norms.add(match.name)
-            if layer is None:
-                notes.remarks[match.name] = OTHER_METHOD
-            elif not any(use.name for use in notes.uses.get(match.name, ())):
-                # A module that marks its layers by hand has reported them by now.
-                notes.reasons.setdefault(match.name, layer if isinstance(layer, str) else NORM)
-        return layer.output if isinstance(layer, LayerCall) else None
-    kernel, bias = routes.match_layer(call, layer)
-    if kernel is None:
-        return layer.output
-    if layer.bias is not None and bias is None:
-        notes.reasons.setdefault(kernel.name, "the bias used with it does not stand in params")
-        return layer.output
-    whole, seen = jnp.shape(leaves[kernel.name]), jnp.shape(layer.kernel)
-    stack = whole[: len(whole) - len(seen)]
-    if whole[len(stack) :] != seen:
-        reason = f"a transformation gives the layer shape {seen} of its shape {whole}: only leading axes may be mapped"
-        notes.reasons.setdefault(kernel.name, reason)
-        return layer.output
-    entry_survives = kernel.entry is not None and kernel.entry.dtype == leaves[kernel.name].dtype
-    if stack and not entry_survives:
-        reason = "its layers are stacked, and statistics cannot be told apart there"
-        notes.reasons.setdefault(kernel.name, reason)
-        return layer.output
-    dtype = jnp.promote_types(layer.output.dtype, jnp.float32)
-    use = _Use(
-        layer.kind,
-        None if bias is None else bias.name,
-        layer.layout,
-        stack,
-        layer.form,
-        dtype,
-        kernel.as_it_stands and (bias is None or bias.as_it_stands),
-        not kernel.as_it_stands and kernel.entry is not None,
-        not kernel.as_it_stands and kernel.entry is None,
-        call.name,
-    )
-    notes.uses.setdefault(kernel.name, []).append(use)
-    return layer.output
-
-
-def _refuse_shared_biases(notes: _Notes) -> None:
-    pairs = dict.fromkeys(
-        (use.bias, kernel) for kernel, found in notes.uses.items() for use in found
-    )
-    kernels_of = Counter(bias for bias, _ in pairs if bias is not None)
-    for bias, kernel in pairs:
-        if bias is not None and kernels_of[bias] > 1:
-            notes.reasons.setdefault(kernel, f"its bias '{bias}' is used with other kernels too")
-
-
-def _conflict(uses: list[_Use]) -> str | None:
-    for field in ("kind", "bias", "stack", "layout"):
-        values = {getattr(use, field) for use in uses}
-        if len(values) > 1:
-            return (
-                f"it is used with several values of {field}: {', '.join(sorted(map(str, values)))}"
-            )
-    return None
-
-
 def _spec(
     kernel: str,
     shapes: Mapping[str, tuple[int, ...]],
-    uses: list[_Use],
+    uses: list[Use],
     limit: int | None,
     large: Literal["diagonal", "blocks"],
 ) -> LayerSpec:
@@ -285,7 +158,7 @@ def _spec(
 
 def _keep_treatable(
     specs: list[LayerSpec],
-    notes: _Notes,
+    notes: Notes,
     fun: Callable[..., Any],
     params: Any,
     args: Any,

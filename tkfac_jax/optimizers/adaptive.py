@@ -165,13 +165,9 @@ def adaptive_tkfac(
     check_options(layers, decay)
     check_devices(axis_name, mesh, shard_state)
     _check_numbers(initial_damping, min_damping, max_damping, damping_decay, l2, momentum)
-    if damping_interval is not None:
-        check_interval("damping_interval", damping_interval)
-    elif learning_rate is not None and momentum is not None:
+    _check_steps(damping_interval, warmup_steps)
+    if damping_interval is None and learning_rate is not None and momentum is not None:
         raise ValueError(NOTHING_ADAPTIVE)
-    if isinstance(warmup_steps, float) or (isinstance(warmup_steps, int) and warmup_steps < 0):
-        msg = f"warmup_steps={warmup_steps!r}; expected a whole number of at least 0."
-        raise ValueError(msg)
     # A default of None, as that of inverse: optax.inject_hyperparams takes a function for a schedule.
     damping_rule = normal_damping if damping_rule is None else damping_rule
     rule = trace_restricted if rule is None else rule
@@ -229,3 +225,11 @@ def _check_numbers(
     check_number("damping_decay", damping_decay, lambda value: 0 < value < 1, "a number in (0, 1)")
     check_number("l2", l2, lambda value: value >= 0, "a number of at least 0")
     check_number("momentum", momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def _check_steps(damping_interval: Any, warmup_steps: Any) -> None:
+    if damping_interval is not None:
+        check_interval("damping_interval", damping_interval)
+    if isinstance(warmup_steps, float) or (isinstance(warmup_steps, int) and warmup_steps < 0):
+        msg = f"warmup_steps={warmup_steps!r}; expected a whole number of at least 0."
+        raise ValueError(msg)

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tkfac_jax.curvature.damping import Damping
-from tkfac_jax.curvature.shares import Share
+from tkfac_jax.curvature.inverses import Share
 from tkfac_jax.curvature.transitions import Curvature
 from tkfac_jax.fisher.estimators import Batch
 from tkfac_jax.layers.parameter_tree import replace_leaves, visible_leaves

@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from tkfac_jax.curvature.damping import Damping, Value, normal_damping
 from tkfac_jax.curvature.factors import Decay
-from tkfac_jax.curvature.initial_state import Averaging
-from tkfac_jax.curvature.shares import Share
+from tkfac_jax.curvature.inverses import Share
+from tkfac_jax.curvature.state import Averaging
 from tkfac_jax.curvature.storage import Storage
 from tkfac_jax.curvature.transitions import Curvature
 from tkfac_jax.fisher.layer_statistics import Rule, trace_restricted

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Bool
 
-from tkfac_jax.curvature.shares import Share
+from tkfac_jax.curvature.inverses import Share
 from tkfac_jax.curvature.state import TkfacState
 from tkfac_jax.curvature.transitions import ADDED, REFRESHED, Curvature
 from tkfac_jax.layers.spec import LayerSpec

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from tkfac_jax.curvature.damping import Damping, TraceDamping, Value, factored_damping
 from tkfac_jax.curvature.factors import Decay
-from tkfac_jax.curvature.initial_state import Averaging
+from tkfac_jax.curvature.state import Averaging
 from tkfac_jax.fisher.layer_statistics import Rule, independent
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.inversion import Inverse

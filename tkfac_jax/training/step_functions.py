@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from tkfac_jax.curvature.shares import Share
+from tkfac_jax.curvature.inverses import Share
 from tkfac_jax.curvature.state import find_state
 from tkfac_jax.fisher.estimators import Batch, Estimator, first_examples
 from tkfac_jax.fisher.fisher_functions import HIGHEST, Likelihoods, Precision, Sharings, fisher_of

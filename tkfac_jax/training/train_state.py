@@ -5,7 +5,7 @@ from typing import Any
 import optax
 from flax.training import train_state
 
-from tkfac_jax.curvature.shares import Share
+from tkfac_jax.curvature.inverses import Share
 
 # What adaptive_tkfac wants to know of the batch.
 OF_THE_BATCH = ("outputs_fn", "targets", "model_outputs_fn", "position_mask", "example_weights")

@@ -164,19 +164,18 @@ def make_train_step(
         precision=precision,
     )
 
-    @functools.cache
-    def before(in_halves: bool) -> Callable[..., Any] | None:
-        function = functions.before(in_halves=in_halves)
-        return None if function is None else _compiled(function, axis_name)
-
-    @functools.cache
-    def program(kind: Kind, in_halves: bool) -> Callable[..., Any]:
-        step = _compiled(functools.partial(functions.step, kind), axis_name, donated=(0, 1))
-        first = before(in_halves) if kind.statistics else None
-        return step if first is None else _in_two(first, step)
-
+    programs = _Programs(functions, axis_name)
     counter = StepCounter()
     often = fisher_interval < OFTEN
+
+    def kind_of_next(number: int) -> Kind:
+        if counter.warmup_left:
+            return Kind(True, "none")
+        return Kind(
+            number % fisher_interval == 0,
+            _refresh_at(number, inverse_interval, shares),
+            counter.damping_interval > 0 and (number + 1) % counter.damping_interval == 0,
+        )
 
     def step(
         params: Any,
@@ -187,16 +186,7 @@ def make_train_step(
         position_mask: Any = None,
         example_weights: Any = None,
     ) -> Any:
-        number = counter.read(opt_state)
-        kind = (
-            Kind(True, "none")
-            if counter.warmup_left
-            else Kind(
-                number % fisher_interval == 0,
-                _refresh_at(number, inverse_interval, shares),
-                counter.damping_interval > 0 and (number + 1) % counter.damping_interval == 0,
-            )
-        )
+        kind = kind_of_next(counter.read(opt_state))
         # What adaptive_tkfac does with the model shares the forward pass of the gradient, within one program.
         in_halves = often and axis_name is None and not counter.adaptive and counter.on_cpu
         data = {
@@ -205,7 +195,7 @@ def make_train_step(
             "position_mask": position_mask,
             "example_weights": example_weights,
         }
-        params, opt_state, metrics = program(kind, in_halves)(params, opt_state, args, data)
+        params, opt_state, metrics = programs.of(kind, in_halves)(params, opt_state, args, data)
         counter.advance(opt_state)
         return params, opt_state, metrics
 
@@ -227,22 +217,39 @@ def _explaining_donation(step: Callable[..., Any]) -> Callable[..., Any]:
     return explained
 
 
-def _compiled(
-    function: Callable[..., Any], axis_name: str | None, donated: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    if axis_name is not None:
-        return jax.pmap(function, axis_name=axis_name, donate_argnums=donated)
-    return jax.jit(function, donate_argnums=donated)
+class _Programs:
+    """The compiled programs, each made when a step first needs it."""
 
+    def __init__(self, functions: StepFunctions, axis_name: str | None):
+        self._functions = functions
+        self._axis_name = axis_name
+        self._before = functools.cache(self._make_before)
+        self.of = functools.cache(self._make)
 
-def _in_two(first: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step for which another program has done some of the work."""
+    def _make(self, kind: Kind, in_halves: bool) -> Callable[..., Any]:
+        """A kind of step: one program, or two."""
+        step = self._compiled(functools.partial(self._functions.step, kind), donated=(0, 1))
+        first = self._before(in_halves) if kind.statistics else None
+        if first is None:
+            return step
 
-    def in_two(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
-        given = first(params, opt_state, args, data)
-        return step(params, opt_state, args, data, given)
+        def in_two(params: Any, opt_state: Any, args: Any, data: dict[str, Any]) -> Any:
+            given = first(params, opt_state, args, data)
+            return step(params, opt_state, args, data, given)
 
-    return in_two
+        return in_two
+
+    def _make_before(self, in_halves: bool) -> Callable[..., Any] | None:
+        """The first of the two, the same for all kinds of steps."""
+        function = self._functions.before(in_halves=in_halves)
+        return None if function is None else self._compiled(function)
+
+    def _compiled(
+        self, function: Callable[..., Any], donated: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        if self._axis_name is not None:
+            return jax.pmap(function, axis_name=self._axis_name, donate_argnums=donated)
+        return jax.jit(function, donate_argnums=donated)
 
 
 def _refresh_at(step: int, interval: int, of: int) -> Refresh:
