@@ -83,7 +83,6 @@ def test_the_train_step_spreads_as_the_optimizer_does():
         predict,
         tkfac.Categorical(),
         plain,
-        layers=layers,
         estimator="empirical",
         spread_inverses=True,
         **intervals,

@@ -60,7 +60,6 @@ def test_a_checkpoint_of_the_first_format_goes_on(name):
         predict,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=2,
         inverse_interval=2,
         estimator="exact",

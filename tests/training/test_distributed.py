@@ -256,7 +256,6 @@ def test_make_train_step_over_a_mesh(apart, kind):
             predict,
             training.LIKELIHOOD,
             optimizer,
-            layers=layers,
             fisher_interval=2,
             inverse_interval=3,
             statistics_apart=apart,

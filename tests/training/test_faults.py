@@ -292,7 +292,6 @@ def test_dead_layers_and_batches_of_one(case):
         predict,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=1,
         inverse_interval=1,
     )

@@ -51,7 +51,6 @@ def test_it_equals_the_step_written_by_hand(estimator, fisher_interval, inverse_
         predict,
         likelihood,
         optimizer,
-        layers=layers,
         estimator=estimator,
         fisher_interval=fisher_interval,
         inverse_interval=inverse_interval,
@@ -87,7 +86,6 @@ def test_each_kind_of_step_is_a_program_that_is_traced_once(apart, interval, inv
         counted,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=interval,
         inverse_interval=inverse_interval,
         statistics_apart=apart,
@@ -113,7 +111,6 @@ def test_statistics_of_a_program_of_their_own_are_the_same(estimator):
             predict,
             tkfac.Categorical(),
             optimizer,
-            layers=layers,
             fisher_interval=2,
             inverse_interval=4,
             estimator=estimator,
@@ -154,7 +151,6 @@ def test_when_statistics_have_a_program_of_their_own(
         predict,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=interval,
         inverse_interval=interval,
         statistics_apart=wanted,
@@ -176,7 +172,6 @@ def test_convolutions_and_batch_norm_with_statistics_of_a_program_of_their_own()
             predict,
             tkfac.Categorical(),
             optimizer,
-            layers=layers,
             fisher_interval=step_functions.SELDOM,
             inverse_interval=step_functions.SELDOM,
             statistics_apart=apart,
@@ -203,7 +198,6 @@ def test_statistics_of_a_program_of_their_own_under_pmap():
             predict,
             tkfac.Categorical(),
             optimizer,
-            layers=layers,
             fisher_interval=2,
             inverse_interval=2,
             axis_name="devices",
@@ -247,7 +241,6 @@ def test_statistics_of_the_first_examples(estimator, apart):
         predict,
         likelihood,
         optimizer,
-        layers=layers,
         fisher_interval=1,
         inverse_interval=1,
         estimator=estimator,
@@ -271,7 +264,6 @@ def test_buffers_are_donated():
         predict,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=2,
         inverse_interval=2,
     )
@@ -298,7 +290,6 @@ def test_the_counter_follows_the_state():
             predict,
             tkfac.Categorical(),
             optimizer,
-            layers=layers,
             fisher_interval=4,
             inverse_interval=4,
         )
@@ -332,7 +323,6 @@ def test_the_state_is_searched_for_once(monkeypatch):
         predict,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=2,
         inverse_interval=2,
     )
@@ -359,7 +349,7 @@ class Unnamed:
 
 def test_the_counter_finds_a_state_to_which_no_names_lead():
     predict, params, x, y, layers = mlp_problem()
-    optimizer = tkfac.tkfac(0.05, layers, damping=0.1)
+    optimizer = tkfac.tkfac(0.05, layers, damping=0.1, fisher_interval=2, inverse_interval=2)
 
     def update(grads, state, params, **extra):
         updates, inner = optimizer.update(grads, state.parts[1], params, **extra)
@@ -374,10 +364,8 @@ def test_the_counter_finds_a_state_to_which_no_names_lead():
             predict,
             tkfac.Categorical(),
             made,
-            layers=layers,
+            plan=optimizer.plan,
             estimator="empirical",
-            fisher_interval=2,
-            inverse_interval=2,
         )
         state = (copy(params), init(made, params))
         for _ in range(4):
@@ -394,7 +382,6 @@ def test_batch_norm_state_comes_back_as_aux():
         predict,
         tkfac.Categorical(),
         optimizer,
-        layers=layers,
         fisher_interval=2,
         inverse_interval=2,
         has_aux=True,
@@ -415,7 +402,6 @@ def test_under_pmap_loss_gradient_and_statistics_are_averaged():
             predict,
             tkfac.Categorical(),
             optimizer,
-            layers=layers,
             fisher_interval=2,
             inverse_interval=2,
             estimator="empirical",
@@ -483,7 +469,6 @@ def test_under_pmap_the_adaptive_optimizer_averages_over_the_axis_of_the_step():
             predict,
             tkfac.Categorical(),
             optimizer,
-            layers=layers,
             fisher_interval=1,
             inverse_interval=1,
             estimator="empirical",

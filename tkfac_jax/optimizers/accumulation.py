@@ -20,6 +20,7 @@ from tkfac_jax.fisher.layer_statistics import Statistics, check_statistics, zero
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.meshes import mean_over
 from tkfac_jax.optimizers.adaptive_state import find_adaptive
+from tkfac_jax.optimizers.option_checks import check_layers
 from tkfac_jax.optimizers.plan import (
     NO_PLAN,
     Plan,
@@ -236,9 +237,8 @@ def _checked_plan(
             "It cannot change during training: give optimizers of their own to the parts of the training."
         )
         raise ValueError(msg)
-    if layers is not None and not isinstance(layers, Layers):
-        msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
-        raise ValueError(msg)
+    if layers is not None:
+        check_layers(layers)
     check_interval("fisher_interval", fisher_interval)
     own = plan_of(optimizer, plan)
     layers = agreed("layers", layers, None if own is None else own.layers)

@@ -10,12 +10,17 @@ from tkfac_jax.layers.spec import Layers
 
 def check_options(layers: Any, decay: Any, averaging: Any = "moments") -> None:
     """Refuses options of the factors that are wrong."""
-    if not isinstance(layers, Layers):
-        msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
-        raise ValueError(msg)
+    check_layers(layers)
     check_number("decay", decay, lambda value: 0 <= value < 1, "a number in [0, 1) or a function")
     if averaging not in ("factors", "moments"):
         msg = f'averaging={averaging!r}; expected "factors" or "moments".'
+        raise ValueError(msg)
+
+
+def check_layers(layers: Any) -> None:
+    """Refuses what is not what `find_layers` returned."""
+    if not isinstance(layers, Layers):
+        msg = f"layers is {type(layers).__name__}; expected what find_layers(predict, params, ...) returned."
         raise ValueError(msg)
 
 
