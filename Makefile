@@ -13,16 +13,17 @@ KFAC_JAX ?= git+https://github.com/google-deepmind/kfac-jax
 
 # What runs on the oldest and the newest releases: the tests that meet the most of the APIs of JAX, Flax and Optax.
 RELEASE_TESTS := \
-  tests/test_adaptive.py::test_make_train_step_equals_the_step_by_hand \
-  tests/test_calls.py \
-  tests/test_composed_layers.py::test_attention \
-  tests/test_distributed.py::test_jit_over_a_mesh \
-  tests/test_distributed.py::test_make_train_step_over_a_mesh \
-  tests/test_distributed.py::test_pmap \
-  'tests/test_distributed.py::test_shard_map[True-True]' \
-  tests/test_objective.py \
-  tests/test_precondition.py \
-  tests/test_train_state.py
+  tests/curvature/test_precondition.py \
+  tests/layers/test_composed_layers.py::test_attention \
+  tests/layers/test_register.py \
+  tests/optimizers/test_adaptive.py::test_make_train_step_equals_the_step_by_hand \
+  tests/optimizers/test_objective.py \
+  tests/optimizers/test_plan.py \
+  tests/training/test_distributed.py::test_jit_over_a_mesh \
+  tests/training/test_distributed.py::test_make_train_step_over_a_mesh \
+  tests/training/test_distributed.py::test_pmap \
+  'tests/training/test_distributed.py::test_shard_map[True-True]' \
+  tests/training/test_train_state.py
 
 # The newest Python from 3.12 on that runs, on PATH or among pyenv's. One of pyenv's shims may exist and yet not run.
 NEWEST_PYTHON ?= $(shell \

@@ -83,7 +83,7 @@ MUTATIONS = (
         "devices draw the same targets",
         "key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))",
         "key",
-        ("distributed", "estimators"),
+        ("estimators", "distributed"),
     ),
     Mutation(
         "normal damping of lambda in place of its root",

@@ -281,3 +281,20 @@ def test_the_precision_of_the_statistics(precision):
     with jax.default_matmul_precision("default"):
         program = str(jax.make_jaxpr(lambda: fisher(params, x, targets=jnp.zeros(5, int)))())
     assert program.count("Precision.HIGHEST") == (4 if precision is not None else 0)
+
+
+def test_devices_that_are_given_one_key_draw_targets_of_their_own():
+    predict, params, x, _, layers = mlp_problem()
+    likelihood, key = tkfac.Categorical(), jax.random.key(3)
+    averaged = tkfac.sampled_fisher(predict, likelihood, layers, axis_name="devices")
+    alone = tkfac.sampled_fisher(predict, likelihood, layers)
+    received = jax.jit(
+        jax.vmap(lambda x: averaged(params, x, key=key), axis_name="devices", out_axes=None)
+    )(jnp.stack([x, x]))
+    draws = [alone(params, x, key=jax.random.fold_in(key, device)) for device in range(2)]
+    assert not np.allclose(draws[0]["Dense_0"].trace, draws[1]["Dense_0"].trace)
+    jax.tree.map(
+        lambda mean, *own: np.testing.assert_allclose(mean, np.mean(own, axis=0), rtol=1e-12),
+        received,
+        *draws,
+    )

@@ -13,7 +13,6 @@ from tkfac_jax.layers.spec import LayerSpec
 from tkfac_jax.linalg.meshes import place, unfilled
 
 Factors = dict[str, KroneckerFactors]
-
 Inverses = dict[str, KroneckerInverses]
 
 

@@ -36,7 +36,6 @@ from tkfac_jax.linalg.meshes import automatic, mean_over, specs_of, varying_axes
 
 # The fields of the state that change with new statistics, and with new inverses.
 ADDED = ("factors", "factor_updates", "skipped_statistics", "faults")
-
 REFRESHED = ("inverses", "failed_inversions", "refreshed", "faults")
 
 

@@ -15,9 +15,7 @@ from tkfac_jax.fisher.joint_likelihood import check_closed_form
 from tkfac_jax.linalg.meshes import sum_over
 
 Estimator = Literal["sampled", "empirical", "exact"]
-
 PullBack = Callable[[Any], Any]
-
 Estimate = Callable[[Any, PullBack], Any]
 
 

@@ -25,11 +25,8 @@ from tkfac_jax.fisher.tagged_model import TaggedModel
 from tkfac_jax.layers.spec import Layers
 
 Likelihoods = Likelihood | Mapping[str, Likelihood]
-
 Sharings = Sharing | Mapping[str, Sharing]
-
 Precision = jax.lax.PrecisionLike
-
 HIGHEST = jax.lax.Precision.HIGHEST
 
 MISSING_KEY = (

@@ -48,11 +48,6 @@ class TaggedModel(NamedTuple):
         statistics = estimate(outputs, lambda cotangent: pull_back(cotangent).statistics)
         return mean_over(statistics, axis_name)
 
-    def outputs(self, params: Any, args: Any, kwargs: Any) -> Any:
-        """The outputs, without tags and aux."""
-        predicted = self.predict(params, *args, **kwargs)
-        return predicted[0] if self.has_aux else predicted
-
     def zero_slots(self, axes: frozenset[str]) -> Statistics:
         """Where the statistics go; the slots vary over some mesh axes."""
         return vary(zero_slots(self.layers, self.options.rule), axes)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 Padding = str | tuple[tuple[int, int], ...]
-
 Axes = tuple[int, ...]
 
 

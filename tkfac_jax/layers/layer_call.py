@@ -78,7 +78,6 @@ _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
 # A function that JAX has traced already (jax.checkpoint and jax.jit keep traces) would be traced again
 # under a value that it has not seen.
 _trace_context = jax.make_user_context(default_value=None)
-
 _trace_numbers = itertools.count()
 
 # Hooks of other libraries that must be switched on while an observer is set.

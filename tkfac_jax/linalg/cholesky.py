@@ -11,7 +11,6 @@ from tkfac_jax.linalg.lapack_threads import limit_lapack_threads
 # Sizes below which halving a matrix no longer pays, and how often it is halved at most: eight blocks leave
 # little outside matrix products, and more would only compile longer.
 SMALLEST_BLOCK = 128
-
 LARGEST_LEVELS = 3
 
 

@@ -20,7 +20,6 @@ Kind = Literal["full", "blocks", "diagonal"]
 # About so many rows of a symmetric product are computed together: narrower strips are slower than what they spare.
 # Smaller products, and those over fewer examples and locations, are computed whole.
 STRIP = 160
-
 SMALLEST_IN_STRIPS = 256
 
 

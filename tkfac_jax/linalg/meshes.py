@@ -92,11 +92,6 @@ def automatic(function: Callable[..., Any], *args: Any, out: Any) -> Any:
         return jax.sharding.auto_axes(function, out_sharding=out)(*args)
 
 
-def is_explicit(tree: Any) -> bool:
-    """Whether an array of a tree lives on a mesh with explicit axes."""
-    return _explicit_mesh(tree) is not None
-
-
 def specs_of(tree: Any) -> Any:
     """How the arrays of a tree are divided, as far as their types say."""
     return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
