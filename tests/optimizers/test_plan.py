@@ -189,6 +189,12 @@ def test_what_drops_the_plan_is_told_it_or_the_arguments(name):
         make_step(wrapped)
     with pytest.raises(ValueError, match=r"Give plan=inner\.plan, where inner is"):
         make_step(wrapped, layers=LAYERS, fisher_interval=2)
+    make_step(wrapped, plan=inner.plan)
+
+
+def test_a_step_goes_by_the_plan_that_is_given_or_by_the_arguments():
+    inner = tkfac.tkfac(0.05, LAYERS, fisher_interval=2, inverse_interval=4)
+    wrapped = WRAPPERS["chain"](inner)
     by_plan = trained(wrapped, plan=inner.plan)
     assert int(optax.tree.get(by_plan[1], "factor_updates")) == 2
     assert_equal(by_plan, trained(wrapped, layers=LAYERS, fisher_interval=2, inverse_interval=4))
