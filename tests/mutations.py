@@ -230,10 +230,10 @@ MUTATIONS = (
         ("transformations", "discovery", "kernel_values"),
     ),
     Mutation(
-        "an entry whose dtype a cast has changed is used",
-        "entry.trace.dtype == spec.dtype",
-        "entry.trace.dtype is not None",
-        ("transformations",),
+        "functions that were traced before are not traced again for named layers",
+        "retrace=any(spec.named for spec in layers.values())",
+        "retrace=False",
+        ("calls", "register", "transformations", "kernel_values"),
     ),
     Mutation(
         "the Gauss-Newton matrix summed over examples",

@@ -406,3 +406,5 @@ def test_a_cast_of_all_parameters_keeps_float32_statistics(dtype):
     for name, own in received.items():
         # bfloat16 has 8 bits.
         np.testing.assert_allclose(own.trace, expected[name].trace, rtol=0.1)
+        # They have not been through the dtype of the cast on their way either.
+        assert not np.array_equal(own.input_moment, own.input_moment.astype(dtype))
