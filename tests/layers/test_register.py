@@ -200,3 +200,23 @@ def test_messages(unchecked):
             {"w": w},
             x,
         )
+
+
+def test_a_function_that_jax_has_traced_before_does_not_hide_its_tags():
+    """It is called without observer first, so that JAX has a trace of it in which the tag is nothing."""
+
+    @jax.jit
+    def first_layer(w, x):
+        return tkfac.tag(x @ w, x, name="first", kernel=w)
+
+    def predict(params, x):
+        return first_layer(params["first"]["kernel"], x)
+
+    params = {"first": {"kernel": jnp.eye(3, 2)}}
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    predict(params, x)
+    layers = tkfac.find_layers(predict, params, x)
+    assert layers["first"].named
+    (received,) = tkfac.exact_fisher(predict, tkfac.Normal(), layers)(params, x).values()
+    # Two outputs of Fisher 1.
+    np.testing.assert_allclose(received.trace, 2 * np.mean(np.sum(np.square(x), -1)), rtol=1e-12)
