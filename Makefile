@@ -19,12 +19,11 @@ RELEASE_TESTS := \
   tests/optimizers/test_adaptive.py::test_make_train_step_equals_the_step_by_hand \
   tests/optimizers/test_objective.py \
   tests/optimizers/test_plan.py::test_every_optimizer_tells_what_it_was_built_with \
-  tests/optimizers/test_plan.py::test_micro_batches_are_averaged_over_the_axis_of_the_optimizer \
-  tests/optimizers/test_plan.py::test_statistics_know_their_rule_through_transformations \
-  tests/optimizers/test_plan.py::test_what_drops_the_plan_is_told_it_or_the_arguments \
-  tests/training/test_distributed.py::test_jit_over_a_mesh \
-  tests/training/test_distributed.py::test_make_train_step_over_a_mesh \
-  tests/training/test_distributed.py::test_pmap \
+  'tests/optimizers/test_plan.py::test_micro_batches_are_averaged_over_the_axis_of_the_optimizer[True]' \
+  'tests/optimizers/test_plan.py::test_what_drops_the_plan_is_told_it_or_the_arguments[chain]' \
+  'tests/training/test_distributed.py::test_jit_over_a_mesh[AxisType.Explicit-sharded]' \
+  'tests/training/test_distributed.py::test_make_train_step_over_a_mesh[apart]' \
+  'tests/training/test_distributed.py::test_pmap[False]' \
   'tests/training/test_distributed.py::test_shard_map[True-True]' \
   tests/training/test_train_state.py
 

@@ -20,6 +20,8 @@ from benchmarks import cifar, cifar_data, factored_damping, runner, trace_dampin
 from benchmarks.cifar_data import FORMATS
 from benchmarks.figures import mean_and_deviation, mean_curve
 
+pytestmark = pytest.mark.benchmark
+
 
 def write_records(path, images, *labels):
     """Official records: a byte for each kind of label, then the planes of red, green and blue."""

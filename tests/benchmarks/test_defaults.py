@@ -10,6 +10,8 @@ from test_cifar import make_cifar
 
 from benchmarks import autoencoder, cifar, defaults, digits, gpt, runner
 
+pytestmark = pytest.mark.benchmark
+
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):

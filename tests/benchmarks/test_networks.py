@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.networks import VGG16, ResNet
 
+pytestmark = pytest.mark.benchmark
+
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
 

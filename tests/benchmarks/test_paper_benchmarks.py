@@ -18,6 +18,8 @@ import tkfac_jax as tkfac
 from benchmarks import correlation, damping, fisher_error, series
 from benchmarks.networks import ResNet
 
+pytestmark = pytest.mark.benchmark
+
 
 def make_cifar(folder, examples=16):
     """Files in the official binary format: a byte for the label, then red, green and blue, row by row."""

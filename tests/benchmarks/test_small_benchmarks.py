@@ -14,6 +14,8 @@ from benchmarks.figures import goals_table, steps_to_reach, table, tuning_table
 from benchmarks.peers import has_kfac_jax, kfac_jax_adaptive
 from benchmarks.runner import Run, best_of, race
 
+pytestmark = pytest.mark.benchmark
+
 
 @pytest.mark.parametrize("place", ["x.gz", "x", "mnist/x.gz", "MNIST/raw/x"])
 def test_idx_files_are_found_and_read(tmp_path, place):

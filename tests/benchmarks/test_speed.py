@@ -18,6 +18,8 @@ from benchmarks.networks import ResNet
 from benchmarks.operations import count_operations
 from benchmarks.turns import Turns
 
+pytestmark = pytest.mark.benchmark
+
 
 @pytest.fixture(autouse=True)
 def every_program_is_compiled_once(monkeypatch):
@@ -315,7 +317,7 @@ def test_a_program_does_not_grow_with_the_number_of_stacked_layers():
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("TKFAC", (*speed.KINDS, speed.APART[speed.STATISTICS])), (speed.QUARTER, speed.KINDS)],
+    [("TKFAC", (*speed.KINDS, *speed.WHOLE.values())), (speed.QUARTER, speed.KINDS)],
 )
 def test_every_kind_of_step_makes_the_step_of_make_train_step(name, kinds):
     problem = speed.perceptron(2, 6, 5)

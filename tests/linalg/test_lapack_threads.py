@@ -142,6 +142,7 @@ def test_what_calls_lapack_limits_its_threads(monkeypatch, module, traced):
     assert calls
 
 
+@pytest.mark.benchmark
 def test_the_threads_command(tmp_path, monkeypatch, capsys):
     few = {name: benchmark.SETTINGS[name] for name in list(benchmark.SETTINGS)[:2]}
     monkeypatch.setattr(benchmark, "SETTINGS", few)
@@ -172,6 +173,7 @@ def test_a_setting_has_its_own_variables_only(monkeypatch):
         assert {name: env[name] for name in names} == variables
 
 
+@pytest.mark.benchmark
 def test_the_benchmark_has_the_factors_of_the_autoencoder():
     model = benchmark.Autoencoder((784, 1000, 30))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 784)))["params"]

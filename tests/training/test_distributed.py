@@ -44,8 +44,7 @@ def test_pmap(adaptive):
     assert_same(training.under_pmap(DEVICES, adaptive), expected(adaptive))
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("check_vma", "adaptive"), [(True, True), (True, False), (False, False)])
 def test_shard_map(check_vma, adaptive):
     assert_same(training.under_shard_map(DEVICES, check_vma, adaptive), expected(adaptive))
 
@@ -58,8 +57,9 @@ def test_trials_and_rejections_under_shard_map():
     assert int(state.curvature.step) == training.STEPS - 1
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("how", ["plain", "sharded"])
+@pytest.mark.parametrize(
+    ("kind", "how"), [(AxisType.Auto, "plain"), (AxisType.Explicit, "sharded")]
+)
 def test_the_adaptive_optimizer_over_a_mesh(kind, how, set_constant):
     set_constant("tkfac_jax.linalg.meshes.SMALLEST_DIVIDED", 8)
     mesh = mesh_of(kind)
@@ -71,8 +71,15 @@ def test_the_adaptive_optimizer_over_a_mesh(kind, how, set_constant):
         assert_same(getattr(state, field), getattr(wanted_state, field))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("how", ["plain", "divided", "sharded"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (AxisType.Auto, "divided"),
+        (AxisType.Auto, "sharded"),
+        (AxisType.Explicit, "plain"),
+        (AxisType.Explicit, "sharded"),
+    ],
+)
 def test_jit_over_a_mesh(kind, how, set_constant):
     set_constant("tkfac_jax.linalg.meshes.SMALLEST_DIVIDED", 8)
     mesh = mesh_of(kind)
