@@ -2,7 +2,7 @@
 
 The functions here build other functions, once, from a model's `predict`, a likelihood and the
 layers. What they return is pure: it can be jitted, mapped, and called inside `lax.cond`. All of
-them pull derivatives of the outputs back through the tagged model (see `capture`); they differ in
+them pull derivatives of the outputs back through the tagged model (see `tagging`); they differ in
 which derivatives they pull back (see `estimators`).
 """
 

@@ -1,8 +1,8 @@
-"""Calls of layers: what the library must know of one, who is told about it, and how users describe their own.
+"""Calls of layers: what the library must know of one, and who is told about it.
 
 A `LayerCall` says which kernel and bias a layer used, on which input, with which output. The
-hooks for Linen (`linen`) and NNX (`nnx`) make them from module calls, `tag` makes one by hand. All
-of them end in `report`, which shows the call to the observer of the moment (`observing`): to
+hooks for Linen (`flax_linen`) and NNX (`flax_nnx`) make them from module calls, `tag` (`register`) makes
+one by hand. All of them end in `report`, which shows the call to the observer of the moment (`observing`): to
 `find_layers`, which notes it, or to a Fisher function, which tags the output.
 """
 

@@ -1,7 +1,7 @@
-"""Kernels, inputs and output gradients as matrices.
+"""Inputs and output gradients as rows.
 
-Every layer is one or more products `rows @ matrix`. `Layout` says how a kernel is those matrices, with
-a bias as further rows; a form (`Contraction`, `Convolution`, `Lookup`, `Attend`, `Scaling`) says which
+Every layer is one or more products `rows @ matrix`. `Layout` (`kernel_matrix`) says how a kernel is those matrices,
+with a bias as further rows; a form (`Contraction`, `Convolution`, `Lookup`, `Attend`, `Scaling`) says which
 rows one call multiplied, without the 1 that belongs to a bias. So the gradient of the matrix is, per
 example, `sum_i a_i g_i^T` over the locations i, where `a_i` is an input row and `g_i` the derivative with
 respect to the output row.
@@ -49,7 +49,7 @@ def rows_moment(
     weights: Float[Array, "*blocks batch locations"],
     precision: jax.lax.PrecisionLike,
 ) -> Array:
-    """The weighted second moment of rows, summed over examples and locations; see `structures.moment`."""
+    """The weighted second moment of rows, summed over examples and locations; see `factor_structure.moment`."""
     if isinstance(rows, TokenRows):
         # The second moment of one-hot vectors is diagonal: the weighted counts of the tokens.
         weighted = rows.squares * weights[..., None]
