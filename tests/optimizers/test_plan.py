@@ -110,7 +110,8 @@ def test_inverses_are_spread_as_the_optimizer_says():
     [
         ({"fisher_interval": 2}, {"fisher_interval": 3}, "fisher_interval is 3 here and 2 in the optimizer"),
         ({"inverse_interval": 2}, {"inverse_interval": 1}, "inverse_interval is 1 here and 2 in the optimizer"),
-        ({}, {"layers": OTHERS}, "layers is of 3 layers, Dense_0.* here and of 3 layers, Dense_0"),
+        ({}, {"layers": OTHERS}, r"layers is of 3 layers, Dense_0 \(4 x 5\).* here and of 3 layers, Dense_0 \(5 x 5\)"),
+        ({}, {"layers": dict(LAYERS)}, "layers is dict; expected what find_layers"),
         ({}, {"rule": tkfac.independent}, "rule is tkfac_jax.independent here and tkfac_jax.trace_restricted in"),
         ({"axis_name": "i"}, {"axis_name": "j"}, "axis_name is 'j' here and 'i' in the optimizer"),
         (
@@ -123,7 +124,7 @@ def test_inverses_are_spread_as_the_optimizer_says():
         ({}, {"inverse_interval": -1}, "inverse_interval=-1; expected a whole number of steps"),
     ],
 )  # fmt: skip
-def test_what_disagrees_is_refused_and_both_are_named(built, told, message):
+def test_what_disagrees_is_refused_and_both_are_named(unchecked, built, told, message):
     with pytest.raises(ValueError, match=message):
         make_step(tkfac.tkfac(0.05, LAYERS, **built), **told)
 
@@ -252,6 +253,22 @@ def test_statistics_know_their_rule_through_transformations():
         statistics = jax.tree.map(lambda leaf: 2 * leaf, fisher(PARAMS, X))
         assert {type(own) for own in statistics.values()} == {expected}
         assert isinstance(statistics["Dense_0"], tkfac.LayerStatistics)
+
+
+@pytest.mark.parametrize("build", [OPTIMIZERS["scale_by_tkfac"], OPTIMIZERS["adaptive_tkfac"]])
+def test_what_is_no_rule_is_refused(build, unchecked):
+    with pytest.raises(ValueError, match=r"rule='kfac'; expected tkfac_jax\.trace_restricted or"):
+        build(LAYERS, rule="kfac")
+
+
+def test_layers_that_differ_in_nothing_that_is_shown():
+    """Of one name and size, but of another place in params."""
+    spec = LAYERS["Dense_0"]
+    one, other = (
+        tkfac.Layers((dataclasses.replace(spec, kernel=kernel),)) for kernel in ("a", "b")
+    )
+    with pytest.raises(ValueError, match="layers is of some form here and of another in"):
+        make_step(tkfac.scale_by_tkfac(one), layers=other)
 
 
 def test_kfac_takes_no_rule():

@@ -24,7 +24,12 @@ from tkfac_jax.linalg.cholesky import cholesky_inverse
 from tkfac_jax.linalg.inversion import Inverse
 from tkfac_jax.optimizers.adaptive_state import DampingPolicy
 from tkfac_jax.optimizers.adaptive_step import Adaptive
-from tkfac_jax.optimizers.option_checks import check_devices, check_number, check_options
+from tkfac_jax.optimizers.option_checks import (
+    check_devices,
+    check_number,
+    check_options,
+    check_rule,
+)
 from tkfac_jax.optimizers.plan import Plan, PlannedTransformation, with_plan
 from tkfac_jax.optimizers.refresh_schedule import Interval, Intervals, check_interval
 from tkfac_jax.optimizers.tkfac_and_kfac import DEFAULT_FALLBACK, with_fallback
@@ -171,6 +176,7 @@ def adaptive_tkfac(
     # A default of None, as that of inverse: optax.inject_hyperparams takes a function for a schedule.
     damping_rule = normal_damping if damping_rule is None else damping_rule
     rule = trace_restricted if rule is None else rule
+    check_rule(rule)
     curvature = Curvature(
         layers,
         damping_rule(initial_damping),

@@ -17,6 +17,13 @@ def check_options(layers: Any, decay: Any, averaging: Any = "moments") -> None:
         raise ValueError(msg)
 
 
+def check_rule(rule: Any) -> None:
+    """Refuses what is no rule of statistics."""
+    if not callable(rule):
+        msg = f"rule={rule!r}; expected tkfac_jax.trace_restricted or tkfac_jax.independent."
+        raise ValueError(msg)
+
+
 def check_layers(layers: Any) -> None:
     """Refuses what is not what `find_layers` returned."""
     if not isinstance(layers, Layers):

@@ -106,9 +106,12 @@ def agreed(name: str, given: Any, planned: Any) -> Any:
     if given is None or planned is None:
         return planned if given is None else given
     if _differ(given, planned):
+        here, there = _shown(given), _shown(planned)
+        if here == there:
+            here, there = "of some form", "of another"
         msg = (
-            f"{name} is {_shown(given)} here and {_shown(planned)} in the optimizer: say it once, when the optimizer "
-            "is built, or the same in both places."
+            f"{name} is {here} here and {there} in the optimizer: say it once, when the optimizer is built, or the "
+            "same in both places."
         )
         raise ValueError(msg)
     return given
@@ -147,7 +150,8 @@ def _differ(one: Any, other: Any) -> bool:
 def _shown(value: Any) -> str:
     """A value as a message shows it."""
     if isinstance(value, Layers):
-        return f"of {len(value)} layers, {', '.join(value)}"
+        sizes = (f"{name} ({spec.phi} x {spec.psi})" for name, spec in value.items())
+        return f"of {len(value)} layers, {', '.join(sizes)}"
     if isinstance(value, Plan):
         fields = zip(Plan._fields, value, strict=True)
         return f"({'; '.join(f'{name} {_shown(own)}' for name, own in fields)})"

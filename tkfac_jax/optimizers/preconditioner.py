@@ -16,7 +16,12 @@ from tkfac_jax.fisher.layer_statistics import Rule, trace_restricted
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.cholesky import cholesky_inverse
 from tkfac_jax.linalg.inversion import Inverse
-from tkfac_jax.optimizers.option_checks import check_devices, check_number, check_options
+from tkfac_jax.optimizers.option_checks import (
+    check_devices,
+    check_number,
+    check_options,
+    check_rule,
+)
 from tkfac_jax.optimizers.plan import Plan, PlannedTransformation, with_plan
 from tkfac_jax.optimizers.refresh_schedule import Interval, Intervals, Missing, renew
 
@@ -114,6 +119,7 @@ def scale_by_tkfac(
     check_options(layers, decay, averaging)
     check_devices(axis_name, mesh, shard_state)
     rule = trace_restricted if rule is None else rule
+    check_rule(rule)
     intervals = Intervals.checked(fisher_interval, inverse_interval, spread_inverses)
     if norm_constraint is not None:
         check_number(
