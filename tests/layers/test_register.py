@@ -20,9 +20,15 @@ def assert_equal(received, expected):
 
 
 @functools.cache
-def data():
+def numbers():
     x = jax.random.normal(jax.random.key(0), (5, 3), jnp.float64)
     w = jax.random.normal(jax.random.key(1), (3, 2), jnp.float64)
+    return np.asarray(x), np.asarray(w)
+
+
+def data():
+    """Inputs, kernel, bias and targets, for each test its own."""
+    x, w = map(jnp.array, numbers())
     return x, w, jnp.array([0.3, -0.2]), jnp.ones((5, 2))
 
 
