@@ -127,3 +127,10 @@ def test_no_document_imports_from_a_room():
         assert not re.findall(rf"tkfac_jax\.(?:{'|'.join(ROOMS)})\b", document.read_text()), (
             document
         )
+
+
+def test_every_file_of_tests_can_be_run_alone():
+    """What several of them share stands beside the rooms, where each finds it."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for other in re.findall(r"^from (test_\w+) import", path.read_text(), re.MULTILINE):
+            assert (path.parent / f"{other}.py").exists(), path

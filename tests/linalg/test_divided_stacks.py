@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damped_factors import layers_of
 from jax.sharding import AxisType
-from test_inverses import layers_of
 
 import tkfac_jax as tkfac
 from tkfac_jax.curvature.inverses import invert_factors

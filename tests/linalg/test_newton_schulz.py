@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from damped_factors import layers_of, positive_definite
 from networks import mlp_problem
-from test_inverses import layers_of, positive_definite
 
 import tkfac_jax as tkfac
 from tkfac_jax.curvature.inverses import invert_factors
