@@ -1,7 +1,12 @@
 """TKFAC: trace-restricted Kronecker-factored natural gradient for Flax models, as an Optax transformation."""
 
 from tkfac_jax import analysis
-from tkfac_jax.curvature.damping import factored_damping, normal_damping, trace_damping
+from tkfac_jax.curvature.damping import (
+    factored_damping,
+    normal_damping,
+    relative_damping,
+    trace_damping,
+)
 from tkfac_jax.curvature.factors import KroneckerFactors
 from tkfac_jax.curvature.inverses import KroneckerInverses, Share
 from tkfac_jax.curvature.shardings import state_shardings
@@ -30,6 +35,12 @@ from tkfac_jax.linalg.newton_schulz import newton_schulz_inverse
 from tkfac_jax.optimizers.accumulation import multi_steps
 from tkfac_jax.optimizers.adaptive import adaptive_tkfac
 from tkfac_jax.optimizers.adaptive_state import AdaptiveState
+from tkfac_jax.optimizers.homogeneous import tkfacw
+from tkfac_jax.optimizers.layer_lengths import (
+    NormBallState,
+    keep_in_norm_ball,
+    scale_by_layer_norm_ratio,
+)
 from tkfac_jax.optimizers.plan import Plan
 from tkfac_jax.optimizers.preconditioner import scale_by_tkfac
 from tkfac_jax.optimizers.tkfac_and_kfac import kfac, tkfac
@@ -56,6 +67,7 @@ __all__ = [
     "find_layers",
     "independent",
     "IndependentStatistics",
+    "keep_in_norm_ball",
     "kfac",
     "KroneckerFactors",
     "KroneckerInverses",
@@ -72,15 +84,19 @@ __all__ = [
     "newton_schulz_inverse",
     "Normal",
     "normal_damping",
+    "NormBallState",
     "Plan",
     "register_layer",
+    "relative_damping",
     "sampled_fisher",
+    "scale_by_layer_norm_ratio",
     "scale_by_tkfac",
     "Share",
     "state_shardings",
     "Statistics",
     "tag",
     "tkfac",
+    "tkfacw",
     "TkfacState",
     "trace_damping",
     "trace_restricted",

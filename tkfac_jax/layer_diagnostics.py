@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tkfac_jax.curvature.damping import Damping, DampingArgument, Value, normal_damping
+from tkfac_jax.curvature.damping import Damping, Value, normal_damping
+from tkfac_jax.curvature.damping_argument import DampingArgument
 from tkfac_jax.curvature.damping_ratios import damping_ratios
 from tkfac_jax.curvature.state import Averaging, LayerFaults, TkfacState, find_state
 from tkfac_jax.curvature.storage import check_shapes, factors_in_shape, inverses_in_shape

@@ -11,7 +11,8 @@ from compilations import counted_compilations
 from networks import spec
 
 import tkfac_jax as tkfac
-from tkfac_jax.curvature.damping import DampingArgument, NormalDamping, Value
+from tkfac_jax.curvature.damping import NormalDamping, Value
+from tkfac_jax.curvature.damping_argument import DampingArgument
 from tkfac_jax.layers.spec import Layers
 
 

@@ -1,20 +1,19 @@
 """Damping: what is added to the Kronecker factors before they are inverted.
 
 A damping has one method, `damp(factors, layers, step)`, which sees all layers at once because the
-trace damping of dense layers depends on the convolutions. All values of damping are in units of
-curvature, so that a damping of `lambda` means adding `lambda` times the identity to the Fisher.
+trace damping of dense layers depends on the convolutions. All values of damping but the share of `relative_damping`
+are in units of curvature, so that a damping of `lambda` means adding `lambda` times the identity to the Fisher.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from tkfac_jax.curvature.factors import KroneckerFactors
 from tkfac_jax.layers.spec import LayerSpec
-from tkfac_jax.linalg.factor_structure import add_to_diagonal, trace
+from tkfac_jax.linalg.factor_structure import Structure, add_to_diagonal, trace
 
 Value = float | Array | Callable[[Array], Any]
 
@@ -36,62 +35,6 @@ class Damping(Protocol):
         ...
 
 
-class _Identity:
-    """Stands for an object that need not be hashable: only the same object is equal."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-
-def _without_array(leaf: Any) -> Any:
-    """What is compared of a leaf: None for an array, a number itself, and of all else whether it is the same."""
-    if isinstance(leaf, jax.Array):
-        return None
-    return leaf if isinstance(leaf, int | float) else _Identity(leaf)
-
-
-@jax.tree_util.register_pytree_node_class
-class DampingArgument:
-    """A damping as an argument of compiled functions: its arrays are the leaves, and all else is its structure.
-
-    The structures of two are equal if they are of one class, with equal numbers and otherwise the same objects.
-    """
-
-    def __init__(self, damping: Damping):
-        """Takes the damping apart."""
-        leaves, structure = jax.tree.flatten(damping)
-        self._arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-        self._rest = structure, tuple(map(_without_array, leaves))
-
-    @property
-    def damping(self) -> Any:
-        """The damping, with the arrays that this one has."""
-        structure, rest = self._rest
-        arrays = iter(self._arrays)
-        leaves = [
-            next(arrays) if leaf is None else leaf.value if isinstance(leaf, _Identity) else leaf
-            for leaf in rest
-        ]
-        return jax.tree.unflatten(structure, leaves)
-
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        """The arrays, and all else."""
-        return self._arrays, self._rest
-
-    @classmethod
-    def tree_unflatten(cls, auxiliary: Any, children: Sequence[Any]) -> "DampingArgument":
-        """The inverse of `tree_flatten`; a child may be anything that JAX puts in an array's place."""
-        new = object.__new__(cls)
-        new._arrays, new._rest = list(children), auxiliary
-        return new
-
-
 class NormalDamping(NamedTuple):
     """See `normal_damping`."""
 
@@ -104,7 +47,7 @@ class NormalDamping(NamedTuple):
         step: Array,
     ) -> dict[str, KroneckerFactors]:
         """Damps all layers by Eq. (5.15)."""
-        value = _at(self.value, step)
+        value = at_step(self.value, step)
         return {
             name: _normal(layers[name], layer, layer.delta, value)
             for name, layer in factors.items()
@@ -124,7 +67,7 @@ class TraceDamping(NamedTuple):
         step: Array,
     ) -> dict[str, KroneckerFactors]:
         """Damps convolutions by Eq. (5.16) and dense layers by Eqs. (5.17) and (5.15)."""
-        floor, dense_damping = _at(self.floor, step), _at(self.dense_damping, step)
+        floor, dense_damping = at_step(self.floor, step), at_step(self.dense_damping, step)
         expansion = _expansion([layer.delta for layer in factors.values()], floor)
         damped = {}
         for name, layer in factors.items():
@@ -151,7 +94,7 @@ class FactoredDamping(NamedTuple):
         step: Array,
     ) -> dict[str, KroneckerFactors]:
         """Damps all layers by factored Tikhonov damping."""
-        value = _at(self.value, step)
+        value = at_step(self.value, step)
         damped = {}
         for name, layer in factors.items():
             spec = layers[name]
@@ -163,6 +106,29 @@ class FactoredDamping(NamedTuple):
             pi = jnp.sqrt(jnp.where(alive, mean_in, 1) / jnp.where(alive, mean_out, 1))
             damped[name] = _damped(spec, layer, jnp.sqrt(layer.delta), pi * shift, shift / pi)
         return damped
+
+
+class RelativeDamping(NamedTuple):
+    """See `relative_damping`."""
+
+    share: Value
+
+    def damp(
+        self,
+        factors: Mapping[str, KroneckerFactors],
+        layers: Mapping[str, LayerSpec],
+        step: Array,
+    ) -> dict[str, KroneckerFactors]:
+        """Damps each factor by a share of its own mean eigenvalue."""
+        share = at_step(self.share, step)
+        return {
+            name: KroneckerFactors(
+                _with_share(layers[name].phi, layer.phi, share),
+                _with_share(layers[name].psi, layer.psi, share),
+                layer.delta,
+            )
+            for name, layer in factors.items()
+        }
 
 
 def normal_damping(value: Value) -> NormalDamping:
@@ -230,7 +196,34 @@ def factored_damping(value: Value) -> FactoredDamping:
     return FactoredDamping(value)
 
 
-def _at(value: Value, step: Array) -> float | Array:
+def relative_damping(share: Value) -> RelativeDamping:
+    """The damping of `tkfacw`: each factor, of trace 1, with a share of its own mean eigenvalue added.
+
+    With `d` rows, `Phi / tr(Phi) + share / d I`, and likewise for Psi. Neither the scale of the loss nor that of the
+    layer enters, nor does the coefficient delta: what is left of the inverse is a direction, whose length means
+    nothing. Let `scale_by_layer_norm_ratio` follow. A factor of trace 0, of a layer without signal, is taken for
+    `I / d`.
+
+    Unlike Eq. (5.16), whose `delta / d` is not homogeneous, it is the same for the loss and for any multiple of it.
+
+    Args:
+      share: the damping as a multiple of the factor's mean eigenvalue, a number without unit: positive, a schedule (a
+        function of the step) or a traced scalar.
+
+    Returns:
+      A damping for `scale_by_tkfac`, for either rule; the one that `tkfacw` uses for a bare value.
+
+    Raises:
+      ValueError: the share is a number and not positive.
+
+    Source: after Gao et al. 2021, Eqs. (4.9) and (5.16).
+    """
+    _check_positive("share of relative damping", share)
+    return RelativeDamping(share)
+
+
+def at_step(value: Value, step: Array) -> float | Array:
+    """A value of damping at a step."""
     return value(step) if callable(value) else value
 
 
@@ -258,6 +251,17 @@ def _damped(
         add_to_diagonal(spec.psi, scaled(factors.psi), psi_shift),
         factors.delta,
     )
+
+
+def _with_share(structure: Structure, factor: Array, share: float | Array) -> Array:
+    """A factor of trace 1, and a share of its mean eigenvalue on the diagonal."""
+    total = trace(structure, factor)
+    # Divided entry by entry, not multiplied by a reciprocal: this is exact for any power of two.
+    by = jnp.where(total > 0, total, 1)
+    own = factor / by.reshape(*by.shape, *(1,) * (factor.ndim - by.ndim))
+    without_signal = jnp.where(total > 0, 0, jnp.ones((), total.dtype))
+    shift = (without_signal + jnp.asarray(share, total.dtype)) / structure.size
+    return add_to_diagonal(structure, own, shift)
 
 
 def _expansion(deltas: list[Array], floor: float | Array) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tkfac_jax.curvature.damping import Damping, FactoredDamping
+from tkfac_jax.curvature.damping import Damping, FactoredDamping, RelativeDamping, at_step
 from tkfac_jax.curvature.factors import KroneckerFactors
 from tkfac_jax.curvature.state import Averaging, TkfacState
 from tkfac_jax.layers.spec import LayerSpec
@@ -17,6 +17,10 @@ def damping_ratios(
     state: TkfacState, active: Mapping[str, LayerSpec], damping: Damping, averaging: Averaging
 ) -> dict[str, tuple[Array | None, Array | None]]:
     """The damping ratios of all layers."""
+    if isinstance(damping, RelativeDamping):
+        share = jnp.asarray(at_step(damping.share, state.step))
+        shares = {name: jnp.broadcast_to(share, spec.batch) for name, spec in active.items()}
+        return {name: (own, own) for name, own in shares.items()}
     # Diagonals are enough, and have no padding.
     layers = {
         name: dataclasses.replace(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from tkfac_jax.curvature.damping import Damping, DampingArgument
+from tkfac_jax.curvature.damping import Damping
+from tkfac_jax.curvature.damping_argument import DampingArgument
 from tkfac_jax.curvature.factors import KroneckerFactors, zero_factors
 from tkfac_jax.curvature.inverses import KroneckerInverses, invert_damping
 from tkfac_jax.curvature.storage import Factors, Inverses, Storage

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from tkfac_jax.curvature.damping import Damping, DampingArgument
+from tkfac_jax.curvature.damping import Damping
+from tkfac_jax.curvature.damping_argument import DampingArgument
 from tkfac_jax.curvature.factors import (
     Decay,
     KroneckerFactors,

@@ -118,6 +118,27 @@ def check_closed_form(likelihood: Any) -> None:
             raise ValueError(msg)
 
 
+def fisher_scale(likelihood: Any, outputs: Any) -> float | None:
+    """By which number `fisher_nll` is a multiple of `nll`, without a mask; None: that is not known.
+
+    Args:
+      likelihood: the likelihood, as `as_likelihood` returns it.
+      outputs: the outputs.
+    """
+    if isinstance(likelihood, Joint):
+        scales = {fisher_scale(one, outputs[name]) for name, one in likelihood.members().items()}
+        return scales.pop() if len(scales) == 1 else None
+    if not hasattr(likelihood, "fisher_nll"):
+        return 1.0
+    # A subclass with a loss of its own inherits a number that does not belong to it.
+    methods = ("nll", "fisher_nll", "fisher_scale")
+    homes = {
+        next((cls for cls in type(likelihood).__mro__ if name in vars(cls)), None)
+        for name in methods
+    }
+    return likelihood.fisher_scale(outputs) if len(homes) == 1 and None not in homes else None
+
+
 def fisher_product(
     likelihood: Any, outputs: Any, tangents: Any, targets: Any, mask: Any = None
 ) -> Any:

@@ -26,6 +26,8 @@ class Likelihood(Protocol):
     * `fisher_nll(outputs, targets)`, where the loss is not the full negative log-likelihood (but a mean over
       positions, say): like `nll`, but scaled so that the second moment of its derivatives is the Fisher
       that should be used. Without it, `nll` is used.
+    * `fisher_scale(outputs)`, a number: without a mask, `fisher_nll` is that multiple of `nll`. The empirical Fisher
+      then comes from the gradient's own backward pass. It must be defined where both of them are.
     * `num_fisher_vectors(outputs)`, a whole number, and `fisher_vector(outputs, index)`, of the shape of the outputs:
       vectors whose outer products, summed, are the Fisher of each example's outputs. `exact_fisher` needs them.
     * `fisher_product(outputs, tangents)`, of the shape of the outputs: that Fisher times a tangent of each example's
@@ -92,6 +94,10 @@ class Categorical:
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
         return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
+
+    def fisher_scale(self, outputs: Float[Array, "batch *positions classes"]) -> float:
+        """What `fisher_nll` is a multiple of `nll` by; see `Likelihood`."""
+        return _fisher_scale(outputs.shape[:-1], self.average_positions)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions classes"]
@@ -187,6 +193,10 @@ class Bernoulli:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
         return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
+    def fisher_scale(self, outputs: Float[Array, "batch *positions"]) -> float:
+        """What `fisher_nll` is a multiple of `nll` by; see `Likelihood`."""
+        return _fisher_scale(outputs.shape, self.average_positions)
+
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions"]
     ) -> Float[Array, "batch *positions"]:
@@ -275,6 +285,10 @@ class Normal:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
         return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
 
+    def fisher_scale(self, outputs: Num[Array, "batch *positions"]) -> float:
+        """What `fisher_nll` is a multiple of `nll` by; see `Likelihood`."""
+        return _fisher_scale(outputs.shape, self.average_positions)
+
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Num[Array, "batch *positions"]
     ) -> Float[Array, "batch *positions"]:
@@ -328,6 +342,10 @@ def _fisher_loss(position_nll: Array, average: bool, mask: Mask) -> Array:
     if average:
         return total / jnp.sqrt(_num_positions(position_nll.shape, mask, total.dtype))
     return total
+
+
+def _fisher_scale(shape: tuple[int, ...], average: bool) -> float:
+    return math.sqrt(max(math.prod(shape[1:]), 1)) if average else 1.0
 
 
 def _masked(values: Array, mask: Mask) -> Array:

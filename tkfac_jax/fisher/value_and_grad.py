@@ -23,7 +23,7 @@ from tkfac_jax.fisher.fisher_functions import (
     Sharings,
     check_num_samples,
 )
-from tkfac_jax.fisher.joint_likelihood import as_likelihood
+from tkfac_jax.fisher.joint_likelihood import as_likelihood, fisher_scale
 from tkfac_jax.fisher.layer_statistics import Options, Rule, Statistics, trace_restricted
 from tkfac_jax.fisher.tagged_model import TaggedModel, Wanted
 from tkfac_jax.layers.spec import Layers
@@ -46,7 +46,8 @@ def value_and_grad_with_fisher(
     """Builds the function that gives loss, gradient and statistics from one forward pass.
 
     The outputs are linearised once; their linearisation is pulled back once for the gradient and
-    once per sample for the statistics.
+    once per sample for the statistics. The empirical Fisher of a batch without mask and weights needs the one pull-back
+    of the gradient alone, unless the likelihood has a `fisher_nll` without a `fisher_scale`; see `Likelihood`.
 
     Args:
       predict: the model, `predict(params, *args, **kwargs) -> outputs`, as given to `find_layers`.
@@ -148,16 +149,7 @@ def gradients_with_fisher(
     check_num_samples(num_samples)
     model = TaggedModel.build(predict, layers, options, has_aux)
     likelihood = as_likelihood(likelihood)
-    exact_on = exact_estimate(likelihood) if estimator == "exact" else None
-
-    def estimate_on(batch: Batch, targets: Any, key: Any) -> Estimate:
-        if exact_on is not None:
-            return exact_on(batch)
-        if estimator == "empirical":
-            return empirical_estimate(likelihood, batch, targets)
-        if key is None:
-            raise ValueError(MISSING_KEY)
-        return sampled_estimate(likelihood, batch, key, num_samples, axis_name)
+    estimates = _Estimates.of(estimator, likelihood, num_samples, axis_name)
 
     def gradients_of(
         params: Any,
@@ -169,7 +161,7 @@ def gradients_with_fisher(
         **kwargs: Any,
     ) -> Gradients:
         batch = Batch(position_mask, example_weights)
-        estimate = None if estimator is None else estimate_on(batch, targets, key)
+        estimate = estimates.on(batch, targets, key)
         axes = varying_axes((params, args, kwargs, batch, targets))
         wanted = Wanted(
             vary(params, axes),
@@ -179,17 +171,78 @@ def gradients_with_fisher(
         loss, derivative = jax.value_and_grad(
             lambda outputs: nll_of(likelihood, outputs, targets, batch).mean()
         )(outputs)
-        gradient = pull_back(derivative).gradient
-        statistics = None
-        if estimate is not None:
-            summed = estimate(outputs, lambda cotangent: pull_back(cotangent).statistics)
-            statistics = mean_over(summed, axis_name)
+        scale = estimates.one_pass_scale(outputs, batch)
+        gradient, statistics = _pulled_back(pull_back, outputs, derivative, estimate, scale)
+        if statistics is not None:
+            statistics = mean_over(statistics, axis_name)
         if average and axis_name is not None:
             loss, gradient = jax.lax.pmean((loss, gradient), axis_name)
         predicted = (outputs, aux) if has_aux else outputs
         return Gradients(loss, predicted, gradient, statistics)
 
     return gradients_of
+
+
+class _Estimates(NamedTuple):
+    """How statistics are estimated, whatever the batch.
+
+    Attributes:
+      estimator: the Fisher; None: no statistics.
+      likelihood: what the outputs mean.
+      num_samples: targets drawn per example.
+      axis_name: mapped axis whose devices draw targets of their own.
+      exact: the exact estimate, if that is wanted.
+    """
+
+    estimator: Estimator | None
+    likelihood: Any
+    num_samples: int
+    axis_name: str | None
+    exact: Callable[[Batch], Estimate] | None
+
+    @classmethod
+    def of(
+        cls, estimator: Estimator | None, likelihood: Any, num_samples: int, axis_name: str | None
+    ) -> "_Estimates":
+        """Refuses the exact Fisher of a likelihood without a closed form."""
+        exact = exact_estimate(likelihood) if estimator == "exact" else None
+        return cls(estimator, likelihood, num_samples, axis_name, exact)
+
+    def on(self, batch: Batch, targets: Any, key: Any) -> Estimate | None:
+        """The estimate on a batch."""
+        if self.estimator is None:
+            return None
+        if self.exact is not None:
+            return self.exact(batch)
+        if self.estimator == "empirical":
+            return empirical_estimate(self.likelihood, batch, targets)
+        if key is None:
+            raise ValueError(MISSING_KEY)
+        return sampled_estimate(self.likelihood, batch, key, self.num_samples, self.axis_name)
+
+    def one_pass_scale(self, outputs: Any, batch: Batch) -> float | None:
+        """What the pull-back of an estimate is the gradient multiplied by; None: it is another direction."""
+        same_targets = self.estimator == "empirical"
+        if same_targets and batch.mask is None and batch.weights is None:
+            return fisher_scale(self.likelihood, outputs)
+        return None
+
+
+def _pulled_back(
+    pull_back: Callable[[Any], Wanted],
+    outputs: Any,
+    derivative: Any,
+    estimate: Estimate | None,
+    scale: float | None,
+) -> Wanted:
+    """The gradient, and statistics where there is an estimate, in one pull-back if its scale is known."""
+    if estimate is None:
+        return pull_back(derivative)
+    if scale is None:
+        gradient = pull_back(derivative).gradient
+        return Wanted(gradient, estimate(outputs, lambda c: pull_back(c).statistics))
+    both = estimate(outputs, pull_back)
+    return both._replace(gradient=jax.tree.map(lambda leaf: leaf / scale, both.gradient))
 
 
 def check_estimator(estimator: Any) -> None:

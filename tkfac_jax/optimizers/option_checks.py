@@ -52,3 +52,8 @@ def check_number(name: str, value: Any, allowed: Callable[[Any], bool], expected
     if isinstance(value, int | float) and not allowed(value):
         msg = f"{name}={value}; expected {expected}."
         raise ValueError(msg)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether an option is the number 0; a traced scalar or a function has no value yet."""
+    return isinstance(value, int | float) and value == 0

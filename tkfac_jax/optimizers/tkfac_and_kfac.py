@@ -13,7 +13,7 @@ from tkfac_jax.curvature.state import Averaging
 from tkfac_jax.fisher.layer_statistics import Rule, independent
 from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.inversion import Inverse
-from tkfac_jax.optimizers.option_checks import check_number
+from tkfac_jax.optimizers.option_checks import check_number, is_zero
 from tkfac_jax.optimizers.plan import PlannedTransformation, with_plan
 from tkfac_jax.optimizers.preconditioner import scale_by_tkfac
 from tkfac_jax.optimizers.refresh_schedule import Interval
@@ -100,10 +100,10 @@ def tkfac(
         rule=rule,
     )
     steps: list[optax.GradientTransformation] = [preconditioner]
-    if not _is_zero(weight_decay):
+    if not is_zero(weight_decay):
         steps.append(optax.add_decayed_weights(weight_decay, mask))
     steps.append(optax.scale_by_learning_rate(learning_rate))
-    if not _is_zero(momentum):
+    if not is_zero(momentum):
         steps.append(optax.trace(momentum))
     # The last to be made, since optax.chain and optax.partition drop the plan.
     return with_plan(with_fallback(optax.chain(*steps), fallback, layers), preconditioner.plan)
@@ -155,7 +155,3 @@ def with_fallback(
     # A gradient that is not finite must not reach the fallback's averages.
     guarded = optax.apply_if_finite(fallback, max_consecutive_errors=2**31 - 1)
     return optax.partition({"tkfac": optimizer, "fallback": guarded}, layers.labels)
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from tkfac_jax.curvature.inverses import Share
 from tkfac_jax.curvature.state import find_state
@@ -19,6 +21,7 @@ from tkfac_jax.fisher.fisher_functions import HIGHEST, Likelihoods, Precision, S
 from tkfac_jax.fisher.layer_statistics import Options, Rule, Statistics, trace_restricted
 from tkfac_jax.fisher.value_and_grad import Gradients, gradients_with_fisher
 from tkfac_jax.layers.spec import Layers
+from tkfac_jax.optimizers.layer_lengths import find_ball
 from tkfac_jax.optimizers.refresh_schedule import share_at
 
 Refresh = Literal["none", "share", "all"]
@@ -228,7 +231,9 @@ class StepFunctions(NamedTuple):
             example_weights=data["example_weights"],
             axis_name=options.axis_name,
         )
-        metrics = {"loss": found.loss} | ({"aux": found.predicted[1]} if options.has_aux else {})
+        metrics = {"loss": found.loss} | told_by_state(opt_state)
+        if options.has_aux:
+            metrics["aux"] = found.predicted[1]
         return optax.apply_updates(params, updates), opt_state, metrics
 
     def _outputs_fn(
@@ -249,6 +254,19 @@ class StepFunctions(NamedTuple):
             interval, of = self.options.inverse_interval, self.options.shares
             return Share(share_at(find_state(opt_state).step, interval, of), of)
         return refresh == "all"
+
+
+def told_by_state(opt_state: Any) -> dict[str, Array]:
+    """What an optimizer's state tells about how it goes."""
+    curvature, ball = find_state(opt_state), find_ball(opt_state)
+    told = {
+        "skipped_statistics": curvature.skipped_statistics,
+        "failed_inversions": curvature.failed_inversions,
+    }
+    if ball is not None:
+        told["relative_change"] = ball.relative_change
+    # Arrays of their own: the next step is given the state's, and their memory.
+    return {name: jnp.array(value) for name, value in told.items()}
 
 
 def takes_statistics_apart(
