@@ -221,3 +221,91 @@ def algorithm_1(
             momentum[name] = tau * momentum[name] + zeta
             params[name] = params[name] + momentum[name]
     return params
+
+
+def tkfacw(
+    params,
+    others,
+    gradients_at,
+    statistics_at,
+    *,
+    steps,
+    rate,
+    momentum,
+    share,
+    floor,
+    radius,
+    cap,
+    t_fim,
+    t_inv,
+    weight_decay,
+    vectors=(),
+):
+    """The optimizer of that name, for layers given as matrices whose last row is the bias.
+
+    Args:
+      params: from a layer's name to its matrix.
+      others: from the name of another parameter to its array.
+      gradients_at: from params, others and the step to the gradients of both.
+      statistics_at: from params to the layers' moments.
+      steps: how many.
+      rate: from a step to its learning rate.
+      momentum, share, floor, radius, weight_decay: numbers.
+      cap: the largest weight of the old average.
+      t_fim, t_inv: steps between statistics and inverses.
+      vectors: names of the others that are no matrices.
+    """
+    params, others = dict(params), dict(others)
+    balls = {
+        name: max(np.linalg.norm(w[:-1]), radius * w.shape[1] ** 0.5) for name, w in params.items()
+    }
+    balls |= {
+        name: max(np.linalg.norm(w), radius * w.shape[-1] ** 0.5)
+        for name, w in others.items()
+        if name not in vectors
+    }
+    traces = {name: np.zeros_like(w) for name, w in params.items()}
+    first, second = ({name: np.zeros_like(w) for name, w in others.items()} for _ in range(2))
+    averaged, updates = {}, 0
+
+    def kept(weights, step, ball):
+        end = weights + step
+        return end * min(1, ball / np.linalg.norm(end))
+
+    for t in range(steps):
+        if t % t_fim == 0:
+            weight = min(cap, 1 - 1 / (updates + 1))
+            updates += 1
+            for name, moments in statistics_at(params).items():
+                damped = [m / np.trace(m) + share / len(m) * np.eye(len(m)) for m in moments[:2]]
+                old = averaged.get(name, damped)
+                averaged[name] = [
+                    weight * a + (1 - weight) * b for a, b in zip(old, damped, strict=True)
+                ]
+        if t % t_inv == 0:
+            inverses = {n: [np.linalg.inv(m) for m in both] for n, both in averaged.items()}
+        gradients, other_gradients = gradients_at(params, others, t)
+        for name, w in list(params.items()):
+            traces[name] = momentum * traces[name] + gradients[name]
+            ahead = momentum * traces[name] + gradients[name]
+            direction = inverses[name][0] @ ahead @ inverses[name][1]
+            kernel = max(np.linalg.norm(w[:-1]), floor * w.shape[1] ** 0.5)
+            bias = max(np.linalg.norm(w[-1]), kernel)
+            lengths = np.array([kernel] * (len(w) - 1) + [bias])[:, None]
+            step = direction / np.linalg.norm(direction) * lengths
+            step = -rate(t) * (step + weight_decay * w)
+            kernel_rows = kept(w[:-1], step[:-1], balls[name])
+            params[name] = np.concatenate([kernel_rows, w[-1:] + step[-1:]])
+        for name, w in list(others.items()):
+            g = other_gradients[name]
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.99 * second[name] + 0.01 * g**2
+            seen = second[name] > 0
+            root = np.sqrt(second[name] / (1 - 0.99 ** (t + 1)), where=seen, out=np.ones_like(w))
+            step = np.where(seen, first[name] / (1 - 0.9 ** (t + 1)) / root, 0)
+            if name in balls:
+                length = max(np.linalg.norm(w), floor * w.shape[-1] ** 0.5)
+                step = step / np.linalg.norm(step) * length
+            step = -rate(t) * (step + weight_decay * w)
+            others[name] = kept(w, step, balls[name]) if name in balls else w + step
+    return params, others

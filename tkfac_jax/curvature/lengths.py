@@ -14,51 +14,60 @@ def norm(rows: Rows) -> Float[Array, "*batch"]:
     return jnp.sqrt(sum(_squares(part) for part in rows))
 
 
-def times(scale: Float[Array, "*batch"], rows: Rows) -> Rows:
+def times(scale: Float[Array, "*batch"], part: Array) -> Float[Array, "*batch rows d_out"]:
     """Each matrix times a number of its own; where the number is 0, zeros, whatever the matrix holds."""
     own = scale[..., None, None]
-    return tuple(jnp.where(own == 0, 0, own * part) for part in rows)
+    return jnp.where(own == 0, 0, own * part)
 
 
-def at_length(direction: Rows, length: Float[Array, "*batch"]) -> Rows:
-    """Each direction at a length.
+def relative_to(weights: Rows, direction: Rows, floor: Float[Array, ""]) -> Rows:
+    """A direction at lengths relative to the weights: `max(||K||, floor) D / ||D||`.
+
+    The direction has one length. Rows after the first, those of a bias, are multiplied by their own norm where that is
+    larger than the kernel's: a bias can grow as far as it must, and the kernel's step does not grow with it.
 
     Args:
-      direction: rows of matrices.
-      length: their new Frobenius norms.
+      weights: rows of the kernels `K`, and of biases if there are any.
+      direction: rows of the directions `D`.
+      floor: least norm of the weights.
 
     Returns:
-      The matrices. One whose direction is 0 or not finite, or whose length is not finite, is 0.
+      The steps. One whose direction is 0 or not finite, or whose weights are not finite, is 0.
     """
     found = norm(direction)
-    usable = (found > 0) & jnp.isfinite(found) & jnp.isfinite(length)
-    return times(jnp.where(usable, length / jnp.where(usable, found, 1), 0), direction)
+    kernel, *rest = (norm((part,)) for part in weights)
+    own = jnp.maximum(kernel, floor)
+    lengths = (own, *(jnp.maximum(other, own) for other in rest))
+    usable = (found > 0) & jnp.isfinite(found) & jnp.isfinite(norm(weights))
+
+    def scaled(length: Array, part: Array) -> Array:
+        return times(jnp.where(usable, length / jnp.where(usable, found, 1), 0), part)
+
+    return tuple(map(scaled, lengths, direction))
 
 
 class Move(NamedTuple):
     """A step of matrices that stays in their balls.
 
     Attributes:
-      step: rows of the step.
+      step: the steps.
       change: by what share of the weights' norm each matrix changes; 0 where the weights are 0.
     """
 
-    step: Rows
+    step: Float[Array, "*batch rows d_out"]
     change: Float[Array, "*batch"]
 
 
-def within_ball(weights: Rows, step: Rows, radius: Float[Array, "*batch"]) -> Move:
+def within_ball(weights: Array, step: Array, radius: Float[Array, "*batch"]) -> Move:
     """The step whose end is that of a given one, or the nearest point to it of a ball around 0.
 
     With `s = min(1, radius / ||W + U||)` the step is `s (W + U) - W`, computed as `s U - (1 - s) W`, which is `U` to
     the last bit where `s` is 1.
     """
-    old, length = norm(weights), norm(step)
-    end = norm(tuple(part + more for part, more in zip(weights, step, strict=True)))
+    old, length, end = norm((weights,)), norm((step,)), norm((weights + step,))
     outside = end > radius
     scale = jnp.where(outside, radius / jnp.where(outside, end, 1), 1)
-    shrunk = times(1 - scale, weights)
-    inside = tuple(part - less for part, less in zip(times(scale, step), shrunk, strict=True))
+    inside = times(scale, step) - times(1 - scale, weights)
     # ||s U - (1 - s) W||^2 by the law of cosines, so that the step need not be read again.
     product = (end**2 - old**2 - length**2) / 2
     squared = (scale * length) ** 2 + ((1 - scale) * old) ** 2 - 2 * scale * (1 - scale) * product

@@ -158,6 +158,6 @@ def _decay_over_steps(interval: Interval | None) -> Decay:
     limit = DECAY_PER_STEP ** (1 if interval is None else interval)
 
     def decay(updates: Int[Array, ""]) -> Float[Array, ""]:
-        return jnp.minimum(limit, 1 - 1 / (updates + 1))
+        return jnp.minimum(limit, 1 - 1 / (updates.astype(float) + 1))
 
     return decay

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from tkfac_jax.curvature.lengths import at_length, largest, norm, within_ball
+from tkfac_jax.curvature.lengths import largest, norm, relative_to, within_ball
 from tkfac_jax.layers.parameter_matrices import ParameterMatrix, parameter_matrices
 from tkfac_jax.layers.parameter_tree import named_leaves, replace_leaves
 from tkfac_jax.layers.spec import Layers
@@ -80,9 +80,9 @@ def scale_by_layer_norm_ratio(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def scaled(matrix: ParameterMatrix, step: Any, weights: Any) -> dict[str, Array]:
-            least = floor * matrix.d_out**0.5
-            length = jnp.maximum(norm(matrix.rows_of(weights)), least)
-            return matrix.leaves_of(at_length(matrix.rows_of(step), length), step)
+            least = jnp.asarray(floor * matrix.d_out**0.5)
+            rows = relative_to(matrix.rows_of(weights), matrix.rows_of(step), least)
+            return matrix.leaves_of(rows, step)
 
         steps: dict[str, Array] = {}
         for matrix, step, weights in _of_each_matrix(layers, updates, params).values():
@@ -137,7 +137,7 @@ def keep_in_norm_ball(layers: Layers, radius: float | Array = 1.0) -> optax.Grad
         leaves = named_leaves(params)
 
         def first(matrix: ParameterMatrix, weights: dict[str, Array]) -> Array:
-            return jnp.maximum(norm(matrix.rows_of(weights)), radius * matrix.d_out**0.5)
+            return jnp.maximum(norm(matrix.rows_of(weights)[:1]), radius * matrix.d_out**0.5)
 
         matrices = parameter_matrices(layers, params, "params")
         found = {
@@ -148,8 +148,9 @@ def keep_in_norm_ball(layers: Layers, radius: float | Array = 1.0) -> optax.Grad
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def kept(matrix: ParameterMatrix, step: Any, weights: Any, radius: Array) -> Any:
-            move = within_ball(matrix.rows_of(weights), matrix.rows_of(step), radius)
-            return matrix.leaves_of(move.step, step), move.change
+            kernel, *rest = matrix.rows_of(step)
+            move = within_ball(matrix.rows_of(weights)[0], kernel, radius)
+            return matrix.leaves_of((move.step, *rest), step), move.change
 
         steps: dict[str, Array] = {}
         changes = []
