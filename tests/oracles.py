@@ -240,6 +240,8 @@ def tkfacw(
     t_inv,
     weight_decay,
     vectors=(),
+    outputs=(),
+    growth=0.2,
 ):
     """The optimizer of that name, for layers given as matrices whose last row is the bias.
 
@@ -254,14 +256,13 @@ def tkfacw(
       cap: the largest weight of the old average.
       t_fim, t_inv: steps between statistics and inverses.
       vectors: names of the others that are no matrices.
+      outputs: names of the layers whose balls grow.
+      growth: by what share of a step that leads out of them.
     """
     params, others = dict(params), dict(others)
     balls = {
-        name: max(np.linalg.norm(w[:-1]), radius * w.shape[1] ** 0.5) for name, w in params.items()
-    }
-    balls |= {
         name: max(np.linalg.norm(w), radius * w.shape[-1] ** 0.5)
-        for name, w in others.items()
+        for name, w in (params | others).items()
         if name not in vectors
     }
     traces = {name: np.zeros_like(w) for name, w in params.items()}
@@ -294,8 +295,9 @@ def tkfacw(
             lengths = np.array([kernel] * (len(w) - 1) + [bias])[:, None]
             step = direction / np.linalg.norm(direction) * lengths
             step = -rate(t) * (step + weight_decay * w)
-            kernel_rows = kept(w[:-1], step[:-1], balls[name])
-            params[name] = np.concatenate([kernel_rows, w[-1:] + step[-1:]])
+            if name in outputs and np.linalg.norm(w + step) > balls[name]:
+                balls[name] += growth * np.linalg.norm(step)
+            params[name] = kept(w, step, balls[name])
         for name, w in list(others.items()):
             g = other_gradients[name]
             first[name] = 0.9 * first[name] + 0.1 * g

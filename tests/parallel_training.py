@@ -50,6 +50,8 @@ def problem():
 
 def optimizer_for(layers, adaptive=False, **options):
     options |= {"fisher_interval": 2, "inverse_interval": 3}
+    if adaptive == "tkfacw":
+        return tkfac.tkfacw(0.1, layers, **options)
     options |= CAUTIOUS if adaptive == "cautious" else {}
     if adaptive:
         return tkfac.adaptive_tkfac(

@@ -47,14 +47,11 @@ def micro_batches(step=0):
     return list(zip(*parts, strict=True))
 
 
-def optimizer_with(fisher_interval=1, inverse_interval=1):
-    return tkfac.tkfac(
-        0.3,
-        LAYERS,
-        damping=1e-2,
-        fisher_interval=fisher_interval,
-        inverse_interval=inverse_interval,
-    )
+def optimizer_with(fisher_interval=1, inverse_interval=1, name="tkfac"):
+    intervals = {"fisher_interval": fisher_interval, "inverse_interval": inverse_interval}
+    if name == "tkfacw":
+        return tkfac.tkfacw(0.3, LAYERS, **intervals)
+    return tkfac.tkfac(0.3, LAYERS, damping=1e-2, **intervals)
 
 
 def gradient_and_statistics(params, batch):
@@ -82,16 +79,17 @@ def assert_equal(received, expected):
 
 
 @pytest.mark.parametrize(
-    ("intervals", "kinds"),
+    ("intervals", "kinds", "name"),
     [
-        ((1, 1), ["function"]),
-        ((2, 3), ["function"]),
-        ((2, 3), ["given", "none"]),
+        ((1, 1), ["function"], "tkfac"),
+        ((2, 3), ["function"], "tkfac"),
+        ((2, 3), ["given", "none"], "tkfac"),
+        ((2, 3), ["function"], "tkfacw"),
     ],
-    ids=["function", "function at intervals", "given at intervals"],
+    ids=["function", "function at intervals", "given at intervals", "tkfacw"],
 )
-def test_micro_batches_update_as_the_whole_batch(intervals, kinds):
-    optimizer = optimizer_with(*intervals)
+def test_micro_batches_update_as_the_whole_batch(intervals, kinds, name):
+    optimizer = optimizer_with(*intervals, name)
     accumulating = multi_steps(
         optimizer, MICRO_BATCHES, layers=LAYERS, fisher_interval=intervals[0]
     )

@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "scale_by_tkfac": tkfac.scale_by_tkfac,
     "tkfac": lambda layers, **options: tkfac.tkfac(0.05, layers, **options),
     "kfac": lambda layers, **options: tkfac.kfac(0.05, layers, **options),
+    "tkfacw": lambda layers, **options: tkfac.tkfacw(0.05, layers, **options),
     "adaptive_tkfac": lambda layers, **options: tkfac.adaptive_tkfac(
         layers, CATEGORICAL, initial_damping=0.1, **options
     ),
@@ -72,10 +73,11 @@ def test_every_optimizer_tells_what_it_was_built_with(name):
         likelihood=CATEGORICAL if name == "adaptive_tkfac" else None,
     )
     told = OPTIMIZERS[name](LAYERS).plan
-    assert (told.fisher_interval, told.inverse_interval, told.axis_name) == (None, None, None)
+    default = 10 if name == "tkfacw" else None
+    assert (told.fisher_interval, told.inverse_interval, told.axis_name) == (default, default, None)
 
 
-@pytest.mark.parametrize("name", ["tkfac", "kfac", "adaptive_tkfac"])
+@pytest.mark.parametrize("name", ["tkfac", "kfac", "tkfacw", "adaptive_tkfac"])
 def test_a_step_reads_the_plan(name):
     options = {"fisher_interval": 2, "inverse_interval": 4}
     optimizer = OPTIMIZERS[name](LAYERS, **options)
@@ -84,8 +86,9 @@ def test_a_step_reads_the_plan(name):
     assert int(optax.tree.get(state, "factor_updates")) == 2
     rule = tkfac.independent if name == "kfac" else tkfac.trace_restricted
     assert_equal(received, trained(optimizer, layers=LAYERS, rule=rule, **options))
-    # An interval that is given to the step alone is no disagreement.
-    assert_equal(received, trained(OPTIMIZERS[name](LAYERS), **options))
+    # An interval that is given to the step alone is no disagreement, where the optimizer has none by itself.
+    if name != "tkfacw":
+        assert_equal(received, trained(OPTIMIZERS[name](LAYERS), **options))
 
 
 def test_without_any_interval_each_step_is_with_everything():

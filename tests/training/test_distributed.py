@@ -39,12 +39,14 @@ def mesh_of(kind, devices=DEVICES):
     return jax.make_mesh((devices,), (training.AXIS,), axis_types=(kind,))
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True, "tkfacw"])
 def test_pmap(adaptive):
     assert_same(training.under_pmap(DEVICES, adaptive), expected(adaptive))
 
 
-@pytest.mark.parametrize(("check_vma", "adaptive"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    ("check_vma", "adaptive"), [(True, True), (True, False), (False, False), (True, "tkfacw")]
+)
 def test_shard_map(check_vma, adaptive):
     assert_same(training.under_shard_map(DEVICES, check_vma, adaptive), expected(adaptive))
 

@@ -27,6 +27,7 @@ OPTIMIZERS = {
     "moments": {"averaging": "moments"},
     "trace damping": {"damping": tkfac.trace_damping(1e-3, 1e-3)},
     "norm constraint": {"averaging": "moments", "norm_constraint": 1.0},
+    "tkfacw": None,
 }
 BAD = [np.nan, np.inf, -np.inf]
 
@@ -44,7 +45,10 @@ def layers_of(shape, dtype):
 @functools.cache
 def training_of(shape, dtype, name):
     """A first state and a jitted step `(params, state, gradient, statistics)` on one layer."""
-    optimizer = tkfac.tkfac(1e-3, layers_of(shape, dtype), **OPTIMIZERS[name])
+    layers, options = layers_of(shape, dtype), OPTIMIZERS[name]
+    optimizer = (
+        tkfac.tkfacw(1e-3, layers) if options is None else tkfac.tkfac(1e-3, layers, **options)
+    )
     params = params_of(shape, dtype)
 
     @jax.jit

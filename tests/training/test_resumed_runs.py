@@ -176,7 +176,19 @@ def flax_state_dict(directory, tree):
     return lambda template: flax.serialization.from_state_dict(template, state_dict)
 
 
-RUNS = [run_of_make_train_step, run_of_the_adaptive_optimizer, run_of_own_step]
+def run_of_tkfacw():
+    """Its momentum, its Adam and the radii of its balls are saved too."""
+    predict, params, layers, _ = linen_problem()
+    optimizer = tkfac.tkfacw(0.05, layers, **INTERVALS)
+    step = tkfac.make_train_step(predict, LIKELIHOOD, optimizer)
+
+    def advance(tree, tokens, targets, key):
+        return step(*tree, tokens, targets=targets, key=key)[:2]
+
+    return Run((params, jax.jit(optimizer.init)(params)), advance)
+
+
+RUNS = [run_of_tkfacw, run_of_make_train_step, run_of_the_adaptive_optimizer, run_of_own_step]
 
 
 @pytest.fixture(scope="module", params=RUNS)

@@ -50,29 +50,44 @@ class Move(NamedTuple):
     """A step of matrices that stays in their balls.
 
     Attributes:
-      step: the steps.
+      step: rows of the steps.
+      radius: of the balls.
       change: by what share of the weights' norm each matrix changes; 0 where the weights are 0.
     """
 
-    step: Float[Array, "*batch rows d_out"]
+    step: Rows
+    radius: Float[Array, "*batch"]
     change: Float[Array, "*batch"]
 
 
-def within_ball(weights: Array, step: Array, radius: Float[Array, "*batch"]) -> Move:
+def within_ball(
+    weights: Rows, step: Rows, radius: Float[Array, "*batch"], growth: float | Array = 0.0
+) -> Move:
     """The step whose end is that of a given one, or the nearest point to it of a ball around 0.
 
     With `s = min(1, radius / ||W + U||)` the step is `s (W + U) - W`, computed as `s U - (1 - s) W`, which is `U` to
     the last bit where `s` is 1.
+
+    Args:
+      weights: rows of the weights `W`.
+      step: rows of the steps `U`.
+      radius: of the balls.
+      growth: where a step would leave a ball, its radius grows first, by this share of the step's length.
     """
-    old, length, end = norm((weights,)), norm((step,)), norm((weights + step,))
+    old, length = norm(weights), norm(step)
+    end = norm(tuple(part + more for part, more in zip(weights, step, strict=True)))
+    radius = jnp.where(end > radius, radius + growth * length, radius)
     outside = end > radius
     scale = jnp.where(outside, radius / jnp.where(outside, end, 1), 1)
-    inside = times(scale, step) - times(1 - scale, weights)
+    inside = tuple(
+        times(scale, more) - times(1 - scale, part)
+        for part, more in zip(weights, step, strict=True)
+    )
     # ||s U - (1 - s) W||^2 by the law of cosines, so that the step need not be read again.
     product = (end**2 - old**2 - length**2) / 2
     squared = (scale * length) ** 2 + ((1 - scale) * old) ** 2 - 2 * scale * (1 - scale) * product
     moved = jnp.sqrt(jnp.maximum(squared, 0))
-    return Move(inside, jnp.where(old > 0, moved / jnp.where(old > 0, old, 1), 0))
+    return Move(inside, radius, jnp.where(old > 0, moved / jnp.where(old > 0, old, 1), 0))
 
 
 def largest(values: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:

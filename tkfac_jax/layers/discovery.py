@@ -6,6 +6,7 @@ transformation stands in between, the kernel that the layer sees is compared wit
 (`kernel_values`), because the Fisher block of a scaled or normalised kernel is not the block of the parameter.
 """
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from tkfac_jax.layers.kernel_uses import (
     Notes,
     Use,
     conflict,
+    kernels_of_outputs,
     refuse_shared_biases,
     trace_uses,
 )
@@ -92,7 +94,7 @@ def find_layers(
     notes = trace_uses(fun, params, args, kwargs, norms)
     refuse_shared_biases(notes)
 
-    specs = []
+    specs, making = [], kernels_of_outputs(notes)
     for kernel, kernel_uses in notes.uses.items():
         notes.remarks.update(
             {use.bias: f"it goes with '{kernel}'" for use in kernel_uses if use.bias is not None}
@@ -101,7 +103,10 @@ def find_layers(
             continue
         reason = conflict(kernel_uses)
         if reason is None:
-            specs.append(_spec(kernel, shapes, kernel_uses, max_factor_size, large_factors))
+            spec = _spec(kernel, shapes, kernel_uses, max_factor_size, large_factors)
+            # Of a stack of layers, not all do.
+            last = kernel in making and not spec.stack
+            specs.append(dataclasses.replace(spec, makes_outputs=last))
         else:
             notes.reasons[kernel] = reason
     order = list(shapes)

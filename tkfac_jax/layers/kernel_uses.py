@@ -1,5 +1,6 @@
 """Which layers use which kernel, as one abstract call of a function shows."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -44,12 +45,16 @@ class Notes(NamedTuple):
       reasons: by parameter, why it is left to the fallback.
       remarks: by parameter, what to say if no use has been found.
       norms: the parameters of norms.
+      calls: the kernel and the shape of the output of each call, in their order.
+      outputs: the shapes of the function's outputs.
     """
 
     uses: dict[str, list[Use]]
     reasons: dict[str, str]
     remarks: dict[str, str]
     norms: set[str]
+    calls: list[tuple[str, tuple[int, ...]]]
+    outputs: list[tuple[int, ...]]
 
 
 def trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, norms: str) -> Notes:
@@ -57,7 +62,7 @@ def trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, nor
     arrays, combine = split_arrays((args, kwargs))
 
     def watch(with_entries: bool) -> Notes:
-        notes = Notes({}, {}, {}, set())
+        notes = Notes({}, {}, {}, set(), [], [])
 
         def traced(params: Any, arrays: list[Any]) -> Any:
             # Two leaves may be one tracer only outside of a trace: here each has its own.
@@ -68,7 +73,8 @@ def trace_uses(fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, nor
             with observing(lambda call: _note(call, routes, leaves, norms, notes)):
                 return fun(routes.params, *args, **kwargs)
 
-        jax.eval_shape(traced, params, arrays)
+        predicted = jax.eval_shape(traced, params, arrays)
+        notes.outputs.extend(jnp.shape(leaf) for leaf in jax.tree.leaves(predicted))
         return notes
 
     try:
@@ -121,7 +127,25 @@ def _note(call: Call, routes: Routes, leaves: Mapping[str, Any], norms: str, not
         call.name,
     )
     notes.uses.setdefault(kernel.name, []).append(use)
+    notes.calls.append((kernel.name, jnp.shape(layer.output)))
     return layer.output
+
+
+def kernels_of_outputs(notes: Notes) -> set[str]:
+    """The kernels of the layers that make the outputs: for each of these, the last call of the same size.
+
+    What follows a layer (a cast, a scale, a lost axis) is not seen. The first axis, of the examples, has to stay, so
+    that what a model returns beside its outputs, such as BatchNorm's state, is not taken for any.
+    """
+    found = set()
+    for shape in notes.outputs:
+        alike = [
+            kernel
+            for kernel, made in notes.calls
+            if math.prod(made) == math.prod(shape) and made[:1] == shape[:1] != ()
+        ]
+        found.update(alike[-1:])
+    return found
 
 
 def refuse_shared_biases(notes: Notes) -> None:

@@ -26,12 +26,14 @@ class ParameterMatrix(NamedTuple):
       bias: name of the one that makes the last rows, or None.
       layout: how they are matrices.
       stack: number of leading axes of the parameters along which matrices are stacked, before those of the layout.
+      makes_outputs: as `LayerSpec` says.
     """
 
     kernel: str
     bias: str | None
     layout: Layout
     stack: int = 0
+    makes_outputs: bool = False
 
     @property
     def d_out(self) -> int:
@@ -79,7 +81,9 @@ def parameter_matrices(
     """
     specs = {name: layers[name] for name in visible_layers(layers, tree, what)}
     found = {
-        name: ParameterMatrix(spec.kernel, spec.bias, spec.layout, len(spec.stack))
+        name: ParameterMatrix(
+            spec.kernel, spec.bias, spec.layout, len(spec.stack), spec.makes_outputs
+        )
         for name, spec in specs.items()
     }
     owned = {name for spec in layers.values() for name in (spec.kernel, spec.bias)}

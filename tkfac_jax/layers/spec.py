@@ -45,6 +45,7 @@ class LayerSpec:
       named: the kernel is recognised by the name that was given to `tag`.
       geometry: for a convolution, how it visits its input; otherwise None.
       bias_apart: the state keeps the bias's row of the input factor's inverse in an array of its own.
+      makes_outputs: the layer is the last that makes an array of the function's outputs, as far as shapes tell.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerSpec:
     named: bool = False
     geometry: Convolution | None = None
     bias_apart: bool = False
+    makes_outputs: bool = False
 
     @property
     def has_bias(self) -> bool:

@@ -59,16 +59,18 @@ def tkfacw(
         U = -learning_rate (max(||W||, floor sqrt(d_out)) D / ||D|| + weight_decay W)
         W <- (W + U) min(1, R / ||W + U||),    R = max(||W_0||, ball_radius sqrt(d_out))
 
-    Each layer of a stack is a matrix by itself. All other parameters go by Adam (0.9 and 0.99, without an epsilon) at
-    the same learning rate; those with two axes and more at the same lengths and within a ball, too. So nothing depends
-    on the scale of the loss: multiplied by a power of two, it gives the same trajectory, bit by bit.
+    where the norm of the length is the kernel's, or the bias's for the bias's own step if that is larger, and where
+    the ball of a layer that makes outputs grows if it has to; see `scale_by_layer_norm_ratio`, `keep_in_norm_ball`.
+    Each layer of a stack is a matrix by itself. All other parameters go by Adam (0.9 and 0.99, without an epsilon)
+    at the same learning rate; those with two axes and more at the same lengths and within a ball, too. So nothing
+    depends on the scale of the loss: multiplied by a power of two, it gives the same trajectory, bit by bit.
 
     Until there are factors, and where a layer has no signal, steps go along the momentum. A layer whose gradient or
     step is not finite makes no step, and its momentum stays.
 
     Args:
-      learning_rate: the relative change of a layer's weights in a step, a number or a schedule: 0.03 to 0.04 after a
-        warm-up over a twentieth of the steps, and then down to 0, suits most.
+      learning_rate: the relative change of a layer's weights in a step, a number or a schedule: 0.04 after a warm-up
+        over a twentieth of the steps, and then a cosine down to 0, is the setting to start with.
       layers: what `find_layers` returned.
       weight_decay: decoupled, multiplied by the learning rate, as in `optax.adamw`.
       mask: which parameters decay, as in `optax.adamw`; None: all.
@@ -107,14 +109,14 @@ def tkfacw(
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> predict = lambda params, x: model.apply({"params": params}, x)
       >>> layers = tkfac.find_layers(predict, params, x)
-      >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 0.03, warmup_steps=5, decay_steps=100)
+      >>> schedule = optax.warmup_cosine_decay_schedule(0.0, 0.04, warmup_steps=5, decay_steps=100)
       >>> optimizer = tkfac.tkfacw(schedule, layers)
       >>> step = tkfac.make_train_step(predict, tkfac.Normal(), optimizer)
       >>> state = jax.jit(optimizer.init)(params)
       >>> for i in range(3):
       ...     key = jax.random.fold_in(jax.random.key(1), i)
       ...     params, state, metrics = step(params, state, x, targets=y, key=key)
-      >>> bool(metrics["relative_change"] <= 0.03)
+      >>> bool(metrics["relative_change"] <= 0.04)
       True
     """
     check_number("momentum", momentum, lambda value: 0 <= value < 1, "a number in [0, 1)")

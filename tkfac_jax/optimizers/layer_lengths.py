@@ -26,7 +26,7 @@ class NormBallState(NamedTuple):
     """The state of `keep_in_norm_ball`.
 
     Attributes:
-      radius: by layer or parameter, the radius of the ball of each of its matrices.
+      radius: by layer or parameter, the radius of the ball of each of its matrices; those of outputs grow.
       relative_change: of the last step, the largest change of a matrix as a share of its norm; those of zeros do not
         count.
     """
@@ -40,9 +40,9 @@ def scale_by_layer_norm_ratio(
 ) -> optax.GradientTransformation:
     """Scales each layer's update to the norm of its weights.
 
-    With kernel and bias as one matrix `W`, and `U` its update,
+    With the kernel `K`, the bias `b` and the update `U` of both as one matrix,
 
-        U <- max(||W||_F, floor sqrt(d_out)) U / ||U||_F
+        U_K <- n U_K / ||U||_F,    U_b <- max(||b||, n) U_b / ||U||_F,    n = max(||K||_F, floor sqrt(d_out))
 
     so that after `optax.scale_by_learning_rate` the learning rate is the relative change of a layer's weights. Each
     layer of a stack, and each group of a convolution, is a matrix by itself. Parameters of no layer with two axes and
@@ -52,7 +52,8 @@ def scale_by_layer_norm_ratio(
     Args:
       layers: what `find_layers` returned.
       floor: what counts as the least norm, by the root of the number of outputs, so that weights of 0 can grow; a
-        kernel of the usual initial values has about 1.
+        kernel of the usual initial values has about 1. A bias larger than its kernel moves by its own norm, and
+        the kernel does not move with it.
 
     Returns:
       The transformation; it has no state. Its update function needs the parameters.
@@ -65,14 +66,15 @@ def scale_by_layer_norm_ratio(
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, tkfac_jax as tkfac
-      >>> model = nn.Dense(2)
+      >>> model = nn.Dense(2, use_bias=False)
       >>> x = jnp.ones((5, 3))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> layers = tkfac.find_layers(lambda params, x: model.apply({"params": params}, x), params, x)
       >>> optimizer = optax.chain(tkfac.scale_by_layer_norm_ratio(layers), optax.scale_by_learning_rate(0.1))
       >>> grads = jax.tree.map(jnp.ones_like, params)
       >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
-      >>> bool(jnp.isclose(optax.global_norm(updates), 0.1 * optax.global_norm(params)))
+      >>> lengths = [jnp.linalg.norm(tree["kernel"]) for tree in (updates, params)]
+      >>> bool(jnp.isclose(lengths[0], 0.1 * lengths[1]))
       True
     """
     check_layers(layers)
@@ -93,20 +95,25 @@ def scale_by_layer_norm_ratio(
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def keep_in_norm_ball(layers: Layers, radius: float | Array = 1.0) -> optax.GradientTransformation:
+def keep_in_norm_ball(
+    layers: Layers, radius: float | Array = 1.0, *, output_growth: float | Array = 0.2
+) -> optax.GradientTransformation:
     """Shortens each layer's step so that its weights stay in a ball.
 
     With kernel and bias as one matrix `W`, and `W_0` its first value,
 
         R = max(||W_0||_F, radius sqrt(d_out)),    W + U <- (W + U) min(1, R / ||W + U||_F)
 
-    Steps of a length relative to the weights would let these grow without bound. Comes last in a chain, behind the
-    learning rate. Which parameters are matrices, and which pass through unchanged, as in `scale_by_layer_norm_ratio`.
+    Steps of a length relative to the weights would let these grow without bound. A layer that makes outputs
+    (`LayerSpec.makes_outputs`) must reach the scale and the mean of its targets: where a step would lead out of its
+    ball, `R` first grows by `output_growth ||U||_F`. Comes last in a chain, behind the learning rate. Which
+    parameters are matrices, and which pass through unchanged, as in `scale_by_layer_norm_ratio`.
 
     Args:
       layers: what `find_layers` returned.
       radius: least radius of a ball, by the root of the number of outputs, so that weights of 0 can grow: 1 is about
         the norm of a kernel of the usual initial values. With `inf` there is no ball.
+      output_growth: how much the ball of a layer that makes outputs grows, as a share of a step that leads out of it.
 
     Returns:
       The transformation; its state is a `NormBallState`, in which `relative_change` tells what the last step did. Its
@@ -119,25 +126,26 @@ def keep_in_norm_ball(layers: Layers, radius: float | Array = 1.0) -> optax.Grad
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, tkfac_jax as tkfac
-      >>> model = nn.Dense(2)
+      >>> model = nn.Dense(2, use_bias=False)
       >>> x = jnp.ones((5, 3))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> layers = tkfac.find_layers(lambda params, x: model.apply({"params": params}, x), params, x)
-      >>> optimizer = optax.chain(optax.sgd(10.0), tkfac.keep_in_norm_ball(layers, radius=1.0))
+      >>> optimizer = optax.chain(optax.sgd(10.0), tkfac.keep_in_norm_ball(layers, output_growth=0.0))
       >>> state = optimizer.init(params)
       >>> updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
-      >>> norm = optax.global_norm(optax.apply_updates(params, updates))
-      >>> bool(jnp.isclose(norm, jnp.maximum(optax.global_norm(params), 2**0.5)))
+      >>> norm = jnp.linalg.norm(optax.apply_updates(params, updates)["kernel"])
+      >>> bool(jnp.isclose(norm, jnp.maximum(jnp.linalg.norm(params["kernel"]), 2**0.5)))
       True
     """
     check_layers(layers)
     check_number("radius", radius, lambda value: value >= 0, "a number of at least 0")
+    check_number("output_growth", output_growth, lambda value: value >= 0, "a number of at least 0")
 
     def init(params: Any) -> NormBallState:
         leaves = named_leaves(params)
 
         def first(matrix: ParameterMatrix, weights: dict[str, Array]) -> Array:
-            return jnp.maximum(norm(matrix.rows_of(weights)[:1]), radius * matrix.d_out**0.5)
+            return jnp.maximum(norm(matrix.rows_of(weights)), radius * matrix.d_out**0.5)
 
         matrices = parameter_matrices(layers, params, "params")
         found = {
@@ -148,21 +156,21 @@ def keep_in_norm_ball(layers: Layers, radius: float | Array = 1.0) -> optax.Grad
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def kept(matrix: ParameterMatrix, step: Any, weights: Any, radius: Array) -> Any:
-            kernel, *rest = matrix.rows_of(step)
-            move = within_ball(matrix.rows_of(weights)[0], kernel, radius)
-            return matrix.leaves_of((move.step, *rest), step), move.change
+            rows = matrix.rows_of(weights), matrix.rows_of(step)
+            move = within_ball(*rows, radius, output_growth if matrix.makes_outputs else 0.0)
+            return matrix.leaves_of(move.step, step), move.radius, move.change
 
         steps: dict[str, Array] = {}
-        changes = []
+        radii, changes = dict(state.radius), []
         for name, (matrix, step, weights) in _of_each_matrix(layers, updates, params).items():
             function = functools.partial(kept, matrix)
             own = state.radius[name]
-            out = specs_of(step), specs_of(own)
-            shortened, change = automatic(function, step, weights, own, out=out)
+            out = specs_of(step), specs_of(own), specs_of(own)
+            shortened, radii[name], change = automatic(function, step, weights, own, out=out)
             steps |= shortened
             changes.append(change)
         change = largest(changes).astype(state.relative_change.dtype)
-        return replace_leaves(updates, steps), state._replace(relative_change=change)
+        return replace_leaves(updates, steps), NormBallState(radii, change)
 
     return optax.GradientTransformation(init, update)
 
