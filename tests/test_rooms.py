@@ -134,3 +134,14 @@ def test_every_file_of_tests_can_be_run_alone():
     for path in (ROOT / "tests").rglob("*.py"):
         for other in re.findall(r"^from (test_\w+) import", path.read_text(), re.MULTILINE):
             assert (path.parent / f"{other}.py").exists(), path
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))],
+)
+def test_documents_name_tests_that_there_are(document):
+    path = ROOT / document if (ROOT / document).exists() else ROOT / "docs" / document
+    named = set(re.findall(r"tests/[\w/]+\.py", path.read_text()))
+    assert named or document != "README.md"
+    assert not [name for name in named if not (ROOT / name).exists()]

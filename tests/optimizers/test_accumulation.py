@@ -263,7 +263,7 @@ def test_gradients_in_low_precision_are_averaged_in_float32():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     # An optimizer that stops before the layers, so that what it is given comes out.
     hidden = optax.masked(tkfac.scale_by_tkfac(LAYERS), False)
-    optimizer = multi_steps(hidden, 2, layers=LAYERS)
+    optimizer = multi_steps(hidden, 2, layers=LAYERS, fisher_interval=1)
     state = optimizer.init(params)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.gradients)} == {"float32"}
     for value in (1.0, 1 / 64):
@@ -293,7 +293,7 @@ def test_wrong_arguments(unchecked, arguments, message):
 
 
 def test_an_optimizer_without_statistics_is_refused():
-    optimizer = multi_steps(optax.adam(1e-3), 2, layers=LAYERS)
+    optimizer = multi_steps(optax.adam(1e-3), 2, layers=LAYERS, fisher_interval=1)
     with pytest.raises(ValueError, match="holds 0 TkfacState; expected exactly one"):
         optimizer.init(PARAMS)
 

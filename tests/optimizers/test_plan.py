@@ -1,7 +1,7 @@
 """What an optimizer was built with is said once: those who step it read it, and refuse what disagrees."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,12 @@ def test_inverses_are_spread_as_the_optimizer_says():
             {"spread_inverses": False},
             "spread_inverses is False here and True in the optimizer",
         ),
-        ({}, {"plan": Plan(LAYERS, 7)}, r"plan is \(layers of 3 .* here and \(layers of 3"),
+        ({"fisher_interval": 2}, {"plan": Plan(LAYERS, 7)}, "fisher_interval is 7 here and 2 in the optimizer"),
+        ({}, {"plan": tkfac.tkfac(0.05, LAYERS)}, "plan is PlannedTransformation; expected the plan of the"),
+        ({}, {"rule": "kfac"}, "rule='kfac'; expected tkfac_jax.trace_restricted"),
+        ({}, {"fisher_interval": np.int64(0)}, "fisher_interval=0; expected a whole number of steps"),
+        ({}, {"fisher_interval": 2.0}, "fisher_interval=2.0; expected a whole number of steps"),
+        ({"inverse_interval": jnp.asarray(-2)}, {}, "inverse_interval=-2; expected a whole number of steps"),
         ({}, {"fisher_interval": 0}, "fisher_interval=0; expected a whole number of steps"),
         ({}, {"inverse_interval": -1}, "inverse_interval=-1; expected a whole number of steps"),
     ],
@@ -356,6 +361,80 @@ def test_micro_batches_go_by_the_plan_inside():
     with pytest.raises(ValueError, match=r"Give plan=inner\.plan"):
         tkfac.multi_steps(chained, 2)
     assert tkfac.multi_steps(chained, 2, plan=inner.plan).plan == inner.plan
-    assert tkfac.multi_steps(chained, 2, layers=LAYERS).plan == Plan(LAYERS)
+    with pytest.raises(ValueError, match=r"Give plan=inner\.plan.*; or layers and fisher_interval"):
+        tkfac.multi_steps(chained, 2, layers=LAYERS)
+    told = tkfac.multi_steps(chained, 2, layers=LAYERS, fisher_interval=3)
+    assert told.plan == Plan(LAYERS, 3)
     with pytest.raises(ValueError, match="optimizer is one of multi_steps"):
         trained(tkfac.multi_steps(tkfac.tkfac(0.05, LAYERS), 2))
+
+
+def test_what_a_plan_was_not_told_is_no_disagreement():
+    optimizer = tkfac.tkfac(0.05, LAYERS, fisher_interval=2)
+    _, state = trained(optimizer, plan=Plan(LAYERS, inverse_interval=4))
+    assert int(optax.tree.get(state, "factor_updates")) == 2
+    assert set(map(int, optax.tree.get(state, "refreshed").values())) == {0}
+
+
+class Nested(NamedTuple):
+    inner: Any
+
+
+@dataclasses.dataclass
+class Holder:
+    inner: Any
+
+    def nll(self, outputs, targets):
+        return CATEGORICAL.nll(outputs, targets)
+
+    def sample(self, key, outputs):
+        return CATEGORICAL.sample(key, outputs)
+
+
+class Callable(Holder):
+    def __call__(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: Holder(Nested(np.ones(3))), True),
+        (lambda: Holder(Holder(np.arange(2))), True),
+        (lambda: Holder({"a": np.ones(2)}), True),
+        (lambda: Callable(1), True),
+        (lambda: Holder({"a": np.random.default_rng().normal(size=2)}), False),
+        (lambda: Holder([1, Nested(next(NUMBERS))]), False),
+    ],
+)
+def test_likelihoods_that_hold_others_are_compared_part_by_part(make, same):
+    optimizer = tkfac.adaptive_tkfac(LAYERS, make(), initial_damping=0.1)
+    if same:
+        tkfac.make_train_step(PREDICT, make(), optimizer)
+    else:
+        with pytest.raises(ValueError, match=r"likelihood is .* here and"):
+            tkfac.make_train_step(PREDICT, make(), optimizer)
+
+
+NUMBERS = iter(range(10))
+
+
+def test_traced_intervals_are_refused_by_name_whatever_else_is_told():
+    def build(interval):
+        make_step(tkfac.tkfac(0.05, LAYERS, fisher_interval=interval), fisher_interval=2)
+
+    # What is told is a number of steps by itself; a traced one cannot be compared with it.
+    jax.eval_shape(build, 3)
+
+    def untold(interval):
+        make_step(tkfac.tkfac(0.05, LAYERS, fisher_interval=interval))
+
+    with pytest.raises(ValueError, match="known when the step is built"):
+        jax.eval_shape(untold, 3)
+
+
+def test_trace_damping_is_for_the_rule_of_tkfac():
+    with pytest.raises(ValueError, match="trace damping is defined for TKFAC"):
+        tkfac.scale_by_tkfac(
+            LAYERS, damping=tkfac.trace_damping(1e-3, 1e-3), rule=tkfac.independent
+        )

@@ -22,7 +22,6 @@ from tkfac_jax.linalg.meshes import mean_over
 from tkfac_jax.optimizers.adaptive_state import find_adaptive
 from tkfac_jax.optimizers.option_checks import check_layers
 from tkfac_jax.optimizers.plan import (
-    NO_PLAN,
     Plan,
     PlannedTransformation,
     agreed,
@@ -36,6 +35,11 @@ from tkfac_jax.optimizers.refresh_schedule import (
     check_interval,
 )
 
+NO_PLAN = (
+    "the optimizer does not say which layers it preconditions, and how often: wrappers of Optax's, such as chain, drop "
+    "the plan of the one inside. Give plan=inner.plan, where inner is what tkfac(...) or scale_by_tkfac(...) returned; "
+    "or layers and fisher_interval, if its rule is TKFAC's and it has no axis_name."
+)
 WHOLE_BATCHES = (
     "adaptive_tkfac compares losses of the whole batch: it cannot be given the batch in parts by multi_steps. Use it "
     "with whole batches, divided over several devices if need be, or accumulate for tkfac(...)."
@@ -92,7 +96,8 @@ def multi_steps(
       optimizer: an Optax optimizer with one `scale_by_tkfac` in it, such as `tkfac(...)`.
       every_k: micro-batches of a whole step.
       layers: what `find_layers` returned, the layers of the optimizer; None: those of its plan.
-      fisher_interval: T_FIM, whole steps between new statistics; None: that of its plan.
+      fisher_interval: T_FIM, whole steps between new statistics; None: that of its plan. Without a plan both are to be
+        given, and the rule is TKFAC's.
       plan: the plan of the optimizer inside, where a wrapper of Optax's, such as `optax.chain`, has dropped it.
 
     Returns:
@@ -241,10 +246,11 @@ def _checked_plan(
         check_layers(layers)
     check_interval("fisher_interval", fisher_interval)
     own = plan_of(optimizer, plan)
-    layers = agreed("layers", layers, None if own is None else own.layers)
-    if layers is None:
-        raise ValueError(NO_PLAN)
-    own = Plan(layers) if own is None else own
+    if own is None:
+        if layers is None or fisher_interval is None:
+            raise ValueError(NO_PLAN)
+        own = Plan(layers)
+    agreed("layers", layers, own.layers)
     return own._replace(
         fisher_interval=agreed("fisher_interval", fisher_interval, own.fisher_interval)
     )

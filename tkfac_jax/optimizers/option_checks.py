@@ -5,6 +5,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from tkfac_jax.curvature.damping import TraceDamping
+from tkfac_jax.fisher.layer_statistics import independent
 from tkfac_jax.layers.spec import Layers
 
 
@@ -21,6 +23,13 @@ def check_rule(rule: Any) -> None:
     """Refuses what is no rule of statistics."""
     if not callable(rule):
         msg = f"rule={rule!r}; expected tkfac_jax.trace_restricted or tkfac_jax.independent."
+        raise ValueError(msg)
+
+
+def check_damping(damping: Any, rule: Any) -> None:
+    """Refuses the paper's trace damping for KFAC's rule, whose coefficient is no trace."""
+    if isinstance(damping, TraceDamping) and rule is independent:
+        msg = "trace damping is defined for TKFAC; give kfac a number or factored_damping(...)."
         raise ValueError(msg)
 
 

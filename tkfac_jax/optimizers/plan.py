@@ -5,12 +5,15 @@ They are said once, when the optimizer is built. `make_train_step` and `multi_st
 """
 
 import dataclasses
+import functools
+import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from tkfac_jax.fisher.layer_statistics import Rule, independent, trace_restricted
 from tkfac_jax.layers.spec import Layers
@@ -19,7 +22,8 @@ from tkfac_jax.optimizers.refresh_schedule import Interval, check_interval
 NO_PLAN = (
     "the optimizer does not say which layers it preconditions: wrappers of Optax's, such as chain, named_chain, "
     "masked, apply_if_finite and inject_hyperparams, drop the plan of the one inside. Give plan=inner.plan, where "
-    "inner is what tkfac(...) or scale_by_tkfac(...) returned, or layers, fisher_interval and inverse_interval."
+    "inner is what tkfac(...) or scale_by_tkfac(...) returned; or layers, fisher_interval and inverse_interval, and "
+    "rule, axis_name and spread_inverses too, where the one inside has others than the defaults."
 )
 
 
@@ -69,7 +73,12 @@ def plan_of(optimizer: Any, given: Plan | None = None) -> Plan | None:
       ValueError: there are two, and they differ.
     """
     own = getattr(optimizer, "plan", None)
-    return agreed("plan", given, own) if given is not None else own
+    if given is None:
+        return own
+    if not isinstance(given, Plan):
+        msg = f"plan is {type(given).__name__}; expected the plan of the optimizer inside: plan=inner.plan."
+        raise ValueError(msg)
+    return given if own is None else _merged(own, given._asdict() | _spread(given))
 
 
 def agreed_plan(optimizer: Any, plan: Plan | None, **told: Any) -> Plan:
@@ -90,11 +99,20 @@ def agreed_plan(optimizer: Any, plan: Plan | None, **told: Any) -> Plan:
         if not {"layers", "fisher_interval", "inverse_interval"} <= set(given):
             raise ValueError(NO_PLAN)
         return Plan(**given)
-    # That inverses are not spread is nothing that an optimizer was told.
-    own_fields = own._asdict() | {"spread_inverses": own.spread_inverses or None}
-    return own._replace(
-        **{name: agreed(name, value, own_fields[name]) for name, value in given.items()}
-    )
+    return _merged(own, given)
+
+
+def _merged(own: Plan, given: Mapping[str, Any]) -> Plan:
+    """A plan with what is given for some of its fields, if that agrees with it; None: nothing is."""
+    fields = own._asdict() | _spread(own)
+    merged = {name: agreed(name, value, fields[name]) for name, value in given.items()}
+    # Of a field that nobody was told, the plan's own value.
+    return own._replace(**{name: value for name, value in merged.items() if value is not None})
+
+
+def _spread(plan: Plan) -> dict[str, Any]:
+    """Whether inverses are spread, as a field: that they are not is nothing that an optimizer was told."""
+    return {"spread_inverses": plan.spread_inverses or None}
 
 
 def agreed(name: str, given: Any, planned: Any) -> Any:
@@ -124,27 +142,40 @@ def known_interval(name: str, interval: Any) -> int:
       ValueError: it is not a whole number of at least 1, or not known before the step is traced.
     """
     check_interval(name, interval)
-    try:
-        return 1 if interval is None else operator.index(interval)
-    except Exception as error:
+    if isinstance(interval, Tracer):
         msg = f"{name}={interval!r}; expected a whole number of steps that is known when the step is built."
-        raise ValueError(msg) from error
+        raise ValueError(msg)
+    return 1 if interval is None else operator.index(interval)
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two values are known not to be the same. Of objects that do not say, those of one class may be."""
-    if one is other:
+    """Whether two values are known not to be the same. Objects of one class that do not say, and tracers, may be."""
+    if one is other or any(isinstance(value, Tracer) for value in (one, other)):
         return False
-    if isinstance(one, Mapping) and isinstance(other, Mapping) and not isinstance(one, Layers):
-        return set(one) != set(other) or any(_differ(one[key], other[key]) for key in one)
-    if isinstance(one, Plan) and isinstance(other, Plan):
-        return any(_differ(*pair) for pair in zip(one, other, strict=True))
-    if dataclasses.is_dataclass(one) and type(one) is type(other):
-        fields = (field.name for field in dataclasses.fields(one))
-        return any(not np.array_equal(getattr(one, f), getattr(other, f)) for f in fields)
-    if type(one) is type(other) and type(one).__eq__ is object.__eq__ and not callable(one):
+    parts, others = _parts(one), _parts(other)
+    if parts is not None and others is not None:
+        if type(one) is not type(other) or set(parts) != set(others):
+            return True
+        return any(_differ(parts[name], others[name]) for name in parts)
+    says_nothing = type(one).__eq__ is object.__eq__ and not _is_function(one)
+    if type(one) is type(other) and says_nothing:
         return False
     return not np.all(one == other)
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """What a value consists of, by name or place; None: it has no parts."""
+    if isinstance(value, Mapping) and not isinstance(value, Layers):
+        return dict(value)
+    if isinstance(value, tuple | list):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def _is_function(value: Any) -> bool:
+    return inspect.isroutine(value) or isinstance(value, type | functools.partial)
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from tkfac_jax.layers.spec import Layers
 from tkfac_jax.linalg.cholesky import cholesky_inverse
 from tkfac_jax.linalg.inversion import Inverse
 from tkfac_jax.optimizers.option_checks import (
+    check_damping,
     check_devices,
     check_number,
     check_options,
@@ -120,6 +121,7 @@ def scale_by_tkfac(
     check_devices(axis_name, mesh, shard_state)
     rule = trace_restricted if rule is None else rule
     check_rule(rule)
+    check_damping(damping, rule)
     intervals = Intervals.checked(fisher_interval, inverse_interval, spread_inverses)
     if norm_constraint is not None:
         check_number(

@@ -1,9 +1,11 @@
 """When new statistics and new inverses are due, and how they are then made."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from tkfac_jax.curvature.inverses import Share
@@ -144,7 +146,13 @@ def _if(
 
 
 def check_interval(name: str, interval: Any) -> None:
-    """Refuses a number of steps that is not a whole number of at least 1."""
-    if isinstance(interval, float) or (isinstance(interval, int) and interval < 1):
+    """Refuses a number of steps that is not a whole number of at least 1; a traced one, and None, may be."""
+    if interval is None or isinstance(interval, Tracer):
+        return
+    try:
+        right = operator.index(interval) >= 1
+    except TypeError:
+        right = False
+    if not right:
         msg = f"{name}={interval}; expected a whole number of steps, at least 1."
         raise ValueError(msg)

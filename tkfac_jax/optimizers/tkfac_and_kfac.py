@@ -7,7 +7,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from tkfac_jax.curvature.damping import Damping, TraceDamping, Value, factored_damping
+from tkfac_jax.curvature.damping import Damping, Value, factored_damping
 from tkfac_jax.curvature.factors import Decay
 from tkfac_jax.curvature.state import Averaging
 from tkfac_jax.fisher.layer_statistics import Rule, independent
@@ -135,9 +135,6 @@ def kfac(
 
     Source: Martens and Grosse 2015.
     """
-    if isinstance(damping, TraceDamping):
-        msg = "trace damping is defined for TKFAC; give kfac a number or factored_damping(...)."
-        raise ValueError(msg)
     damper = damping if isinstance(damping, Damping) else factored_damping(damping)
     return tkfac(learning_rate, layers, damping=damper, rule=independent, **options)
 

@@ -13,7 +13,7 @@ from tkfac_jax.fisher.layer_statistics import Rule
 from tkfac_jax.fisher.value_and_grad import check_estimator
 from tkfac_jax.layers.discovery import unjitted
 from tkfac_jax.layers.spec import Layers
-from tkfac_jax.optimizers.option_checks import check_layers
+from tkfac_jax.optimizers.option_checks import check_layers, check_rule
 from tkfac_jax.optimizers.plan import Plan, agreed_plan, known_interval
 from tkfac_jax.optimizers.refresh_schedule import (
     check_interval,
@@ -130,6 +130,8 @@ def make_train_step(
     check_interval("inverse_interval", inverse_interval)
     if layers is not None:
         check_layers(layers)
+    if rule is not None:
+        check_rule(rule)
     plan = agreed_plan(
         optimizer,
         plan,
