@@ -159,7 +159,13 @@ def factored_shift(layer, kind):
     return pi * np.sqrt(DAMPING), np.sqrt(DAMPING) / pi
 
 
+def relative_shift(layer, kind):
+    """A share of the mean eigenvalue `delta / d` in units of it; the ratio is the share."""
+    return tuple(0.3 * layer.delta * np.trace(m) / len(m) for m in (layer.phi, layer.psi))
+
+
 DAMPINGS = {
+    "relative": (tkfac.relative_damping(0.3), relative_shift),
     "number": (DAMPING, normal_shift),
     "schedule": (lambda step: DAMPING + 0 * step, normal_shift),
     "trace": (tkfac.trace_damping(FLOOR, DAMPING), trace_shift),

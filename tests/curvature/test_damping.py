@@ -7,6 +7,7 @@ from networks import spec
 
 import tkfac_jax as tkfac
 from tkfac_jax.curvature.factors import KroneckerFactors
+from tkfac_jax.linalg.factor_structure import dense
 
 KINDS = {"conv_0": "conv", "conv_1": "conv", "dense": "dense"}
 LAYERS = {
@@ -112,3 +113,61 @@ def test_factored_damping_of_a_dead_layer():
 def test_messages(make, message, unchecked):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("large", ["full", "diagonal", "blocks"])
+@pytest.mark.parametrize(
+    "share", [0.2, lambda step: step / 15, jnp.asarray(0.2)], ids=["number", "schedule", "array"]
+)
+def test_relative_damping(share, large):
+    """Each factor has trace 1, and a share of its mean eigenvalue more on the diagonal, whatever its scale."""
+    layers = {"first": spec(7, 5, name="first", large=(3, large))}
+    received, wanted = [], []
+    for scale in (1.0, 1e-12, 3e9):
+        rng = np.random.default_rng(0)
+        whole = [scale * (root @ root.T) for root in (rng.normal(size=(n, n)) for n in (7, 5))]
+        structures = layers["first"].phi, layers["first"].psi
+        stored = [in_structure(s, m) for s, m in zip(structures, whole, strict=True)]
+        made = {"first": KroneckerFactors(*map(jnp.asarray, stored), jnp.asarray(scale))}
+        damped = jax.jit(lambda f: tkfac.relative_damping(share).damp(f, layers, STEP))(made)
+        received.append(damped["first"])
+        wanted.append([m / np.trace(m) + 0.2 / len(m) * np.eye(len(m)) for m in whole])
+    for factors_, matrices in zip(received, wanted, strict=True):
+        for structure, factor, matrix in zip(structures, factors_[:2], matrices, strict=True):
+            kept = dense(structure, jnp.ones_like(factor)) > 0
+            np.testing.assert_allclose(dense(structure, factor), matrix * kept, rtol=1e-12)
+
+
+def in_structure(structure, matrix):
+    """What is stored of a matrix; the last block is filled up with zeros."""
+    if structure.kind == "full":
+        return matrix
+    if structure.kind == "diagonal":
+        return np.diagonal(matrix)
+    n, size = structure.num_blocks, structure.block
+    padded = np.zeros((n * size, n * size))
+    padded[: len(matrix), : len(matrix)] = matrix
+    return np.stack([padded[i : i + size, i : i + size] for i in range(0, n * size, size)])
+
+
+def test_a_layer_without_signal_is_damped_as_an_identity():
+    made = jax.tree.map(jnp.zeros_like, factors([0.0, 0.0, 0.0]))
+    received = tkfac.relative_damping(0.5).damp(made, LAYERS, STEP)
+    for name, layer in LAYERS.items():
+        np.testing.assert_allclose(received[name].phi, 1.5 / layer.d_in * np.eye(layer.d_in))
+        np.testing.assert_allclose(received[name].psi, 1.5 / 3 * np.eye(3))
+
+
+def test_relative_damping_knows_no_power_of_two():
+    made = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), factors([0.5, 2.0, 1e-3]))
+    damp = jax.jit(lambda f: tkfac.relative_damping(0.2).damp(f, LAYERS, STEP))
+    received = damp(jax.tree.map(lambda leaf: leaf * 2.0**-40, made))
+    for name, expected in damp(made).items():
+        np.testing.assert_array_equal(received[name].phi, expected.phi)
+        np.testing.assert_array_equal(received[name].psi, expected.psi)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, float("nan")])
+def test_a_share_is_positive(share):
+    with pytest.raises(ValueError, match="share of relative damping"):
+        tkfac.relative_damping(share)

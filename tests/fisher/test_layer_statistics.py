@@ -381,6 +381,93 @@ def test_there_is_one_forward_pass():
     assert len(calls) == 1
 
 
+@jax.custom_vjp
+def watched(outputs):
+    """The identity, which counts how often it is pulled back through."""
+    return outputs
+
+
+PULLED_BACK = []
+
+
+def pull_back_watched(_, cotangent):
+    PULLED_BACK.append(1)
+    return (cotangent,)
+
+
+watched.defvjp(lambda outputs: (outputs, None), pull_back_watched)
+
+
+class Halved(tkfac.Categorical):
+    """A loss of its own, whose inherited scale does not belong to it."""
+
+    def nll(self, outputs, targets, mask=None):
+        return super().nll(outputs, targets, mask) / 2
+
+
+class Scaled(Poisson):
+    """A likelihood of a user's own that says what its Fisher's loss is a multiple by."""
+
+    def fisher_nll(self, outputs, targets):
+        return 3 * self.nll(outputs, targets)
+
+
+PASSES = {
+    "categorical": (tkfac.Categorical(), {}, 1),
+    "averaged": (tkfac.Bernoulli(average_positions=True), {}, 1),
+    "normal": (tkfac.Normal(0.3, average_positions=True), {}, 1),
+    "nothing but nll": (Poisson(), {}, 1),
+    "no scale": (Scaled(), {}, 2),
+    "a loss of its own": (Halved(), {}, 2),
+    "weights": (tkfac.Categorical(), {"example_weights": jnp.arange(8.0)}, 2),
+    "heads": ({"a": tkfac.Categorical(), "b": tkfac.Bernoulli()}, {}, 1),
+    "heads of other scales": (
+        {"a": tkfac.Categorical(), "b": tkfac.Bernoulli(average_positions=True)},
+        {},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", [tkfac.trace_restricted, tkfac.independent])
+@pytest.mark.parametrize("name", PASSES)
+def test_the_empirical_fisher_needs_the_backward_pass_of_the_gradient_alone(name, rule):
+    likelihood, options, passes = PASSES[name]
+    predict, params, inputs, targets, layers = mlp_problem()
+    if not isinstance(likelihood, tkfac.Categorical):
+        targets = jax.nn.one_hot(targets, 3)
+    heads = isinstance(likelihood, dict)
+    if heads:
+        targets = {"a": targets.argmax(-1), "b": targets}
+
+    def watching(params, inputs):
+        outputs = watched(predict(params, inputs))
+        return {"a": outputs, "b": outputs} if heads else outputs
+
+    options = {key: value[: len(inputs)] for key, value in options.items()}
+    f = tkfac.value_and_grad_with_fisher(
+        watching, likelihood, layers, estimator="empirical", rule=rule
+    )
+    PULLED_BACK.clear()
+    _, gradient, statistics = jax.jit(f)(params, inputs, targets=targets, **options)
+    assert len(PULLED_BACK) == passes
+
+    def loss(params):
+        outputs, members = watching(params, inputs), likelihood if heads else {"": likelihood}
+        values = sum(
+            own.nll(outputs[key] if heads else outputs, targets[key] if heads else targets)
+            for key, own in members.items()
+        )
+        return (values * options.get("example_weights", 1)).mean()
+
+    expected = jax.jit(jax.grad(loss))(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient, expected)
+    fisher = tkfac.empirical_fisher(watching, likelihood, layers, rule=rule)
+    apart = jax.jit(functools.partial(fisher, **options))(params, inputs, targets=targets)
+    for layer in layers:
+        assert_statistics(statistics[layer], apart[layer])
+
+
 def test_aux_is_handed_on_and_dropped():
     predict, params, batch_stats, inputs, targets, layers = convnet_problem()
     f = tkfac.value_and_grad_with_fisher(predict, tkfac.Categorical(), layers, has_aux=True)

@@ -442,3 +442,50 @@ def test_messages(unchecked):
     ):
         with pytest.raises(ValueError, match=message):
             tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, x, **options)
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.tanh(nn.Dense(3, name="hidden")(x))
+        h = nn.tanh(nn.Dense(3, name="as_wide")(h))
+        value = nn.Dense(1, name="value")(h).squeeze(-1)
+        return {"policy": 2 * nn.Dense(3, name="policy")(h), "value": value}
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x, _ = nn.scan(OfStack, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)(
+            name="stack"
+        )(x)
+        return x
+
+
+class OfStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x), None
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(4)]), {"layers_2"}),
+        (Heads(), {"policy", "value"}),
+        # Of a stack of layers only the last makes the outputs: it is not said of any.
+        (Stacked(), set()),
+        (nn.Sequential([nn.Dense(4), lambda x: x.mean(0)]), set()),
+    ],
+)
+def test_what_makes_the_outputs_is_noted(model, expected):
+    inputs = jnp.ones((5, 4))
+    params = init(model, inputs)
+    layers = tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, inputs)
+    assert {name for name, spec in layers.items() if spec.makes_outputs} == expected
+
+
+def test_what_is_returned_beside_the_outputs_is_no_output():
+    *_, layers = convnet_problem()
+    made = [name for name, spec in layers.items() if spec.makes_outputs]
+    assert made == ["Dense_0"]
