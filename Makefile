@@ -38,7 +38,7 @@ NEWEST_PYTHON ?= $(shell \
 
 .PHONY: demo test test-oldest test-newest peers lint clean
 
-# Trains a small network on scikit-learn's digits with five optimizers.
+# Trains a small network on scikit-learn's digits with six optimizers.
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.digits
 

@@ -11,6 +11,7 @@ import tkfac_jax as tkfac
 from tkfac_jax.layers.parameter_matrices import parameter_matrices
 from tkfac_jax.layers.parameter_tree import named_leaves, replace_leaves
 from tkfac_jax.optimizers.gradient_moments import nesterov_momentum, scale_by_adam_without_epsilon
+from tkfac_jax.optimizers.plan import with_plan
 
 # Of the quintic iteration that Muon is published with (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -91,7 +92,8 @@ def preconditioned_in_ball(
         layers, damping=tkfac.relative_damping(0.2), decay=decay, **options
     )
     after = [polar_factor(layers)] if polar else []
-    return in_ball(optax.chain(nesterov_momentum(0.9), preconditioner, *after), layers, rate)
+    direction = optax.chain(nesterov_momentum(0.9), preconditioner, *after)
+    return with_plan(in_ball(direction, layers, rate), preconditioner.plan)
 
 
 def power_inverse(power: float) -> Callable[[jax.Array], jax.Array]:

@@ -8,7 +8,8 @@ from mnist_files import make_mnist
 from networks import Small
 from test_cifar import make_cifar
 
-from benchmarks import autoencoder, cifar, defaults, digits, gpt, runner
+from benchmarks import autoencoder, cifar, defaults, digits, gpt, one_setting, runner
+from benchmarks.directions import orthogonalized, power_inverse
 
 pytestmark = pytest.mark.benchmark
 
@@ -107,3 +108,78 @@ def test_tasks_with_data_ask_for_its_directory(monkeypatch, capsys):
     )
     monkeypatch.setattr(sys, "argv", ["defaults", "--tasks", "digits", "gpt"])
     assert defaults.parse_options().data_dir is None
+
+
+def one_setting_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["one_setting", *map(str, arguments)])
+    one_setting.main()
+
+
+# One of each way in which a variant is built; what is not named here differs from these in numbers alone.
+VARIANTS = (
+    "tkfacw",
+    "constant",
+    "empirical Fisher",
+    "powers 1/2",
+    "embeddings, output by Adam",
+    "Muon in the ball",
+    "AdamW",
+)
+
+
+def test_runs_of_one_setting_are_kept_and_not_made_again(small, monkeypatch, capsys):
+    out = small / "runs.json"
+    arguments = ("--tasks", "gpt", "--steps", 8, "--out", out, "--methods")
+    one_setting_command(monkeypatch, *arguments, *VARIANTS[:2])
+    first = json.loads(out.read_text())["runs"]
+    made = []
+    original = one_setting.Run
+    monkeypatch.setattr(
+        one_setting, "Run", lambda *a, **k: made.append(a[1].name) or original(*a, **k)
+    )
+    one_setting_command(monkeypatch, *arguments, *VARIANTS)
+    assert made == list(VARIANTS[2:])
+    runs = json.loads(out.read_text())["runs"]
+    assert [run for run in runs if run["method"] in VARIANTS[:2]] == first
+    assert {run["method"] for run in runs} == set(VARIANTS)
+    losses = [run["end"]["train_loss"] for run in runs]
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == len(losses)
+    printed = capsys.readouterr().out
+    assert "| gpt, 8 |" in " ".join(printed.split())
+    assert "(averaged " in printed
+
+
+def test_the_picture_of_rates(small, monkeypatch, capsys):
+    out = small / "runs.json"
+    monkeypatch.setitem(one_setting.TASKS, "gpt", defaults.TASKS["gpt"]._replace(steps=4))
+    rates = ("--rates", 0.01, 0.02, 0.04)
+    one_setting_command(monkeypatch, "--tasks", "gpt", "--out", out, "--methods", "AdamW", *rates)
+    picture = small / "rates.png"
+    one_setting_command(monkeypatch, "--out", out, "--picture", picture)
+    assert picture.stat().st_size > 5_000
+    assert "losses are in" in capsys.readouterr().out
+
+
+def test_every_variant_of_one_setting_differs_from_the_default():
+    variants = one_setting.VARIANTS
+    assert [name for name, own in variants.items() if own == variants["tkfacw"]] == ["tkfacw"]
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (2, 3, 8)])
+def test_the_iteration_of_muon_makes_singular_values_of_about_one(shape):
+    matrices = jnp.asarray(np.random.default_rng(0).normal(size=shape))
+    values = np.linalg.svd(orthogonalized(matrices), compute_uv=False)
+    # Its coefficients trade exactness for speed: they end anywhere from 0.7 to 1.2, smaller ones lower.
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    np.testing.assert_array_equal(orthogonalized(jnp.zeros(shape)), 0)
+
+
+def test_powers_of_inverses():
+    root = np.random.default_rng(0).normal(size=(3, 4, 4))
+    matrices = root @ root.mT + np.eye(4)
+    half = power_inverse(0.5)(jnp.asarray(matrices))
+    np.testing.assert_allclose(
+        half @ half @ matrices, np.broadcast_to(np.eye(4), (3, 4, 4)), atol=1e-9
+    )

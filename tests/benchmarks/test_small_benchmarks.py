@@ -144,7 +144,7 @@ def test_the_digits_command(tmp_path, monkeypatch, capsys):
     digits.main()
     results = json.loads((tmp_path / "digits.json").read_text())
     assert [run["method"] for run in results["runs"]] == [
-        method.name for method in digits.methods()
+        method.name for method in digits.methods(20)
     ]
     for run in results["runs"]:
         assert run["curve"][-1]["train_loss"] < run["curve"][0]["train_loss"]

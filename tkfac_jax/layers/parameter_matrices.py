@@ -45,14 +45,14 @@ class ParameterMatrix(NamedTuple):
         """The names of its parameters."""
         return (self.kernel,) if self.bias is None else (self.kernel, self.bias)
 
-    def rows_of(self, leaves: Mapping[str, Array]) -> tuple[Float[Array, "*batch rows d_out"], ...]:
+    def rows_of(self, leaves: Mapping[str, Any]) -> tuple[Float[Array, "*batch rows d_out"], ...]:
         """The rows of the kernel, and those of the bias beneath, in at least float32."""
         kernel = self.layout.kernel_to_matrix(_widened(leaves[self.kernel]), self.stack)
         if self.bias is None:
             return (kernel,)
         return kernel, self.layout.bias_to_matrix(_widened(leaves[self.bias]), self.stack)
 
-    def leaves_of(self, rows: tuple[Array, ...], like: Mapping[str, Array]) -> dict[str, Array]:
+    def leaves_of(self, rows: tuple[Array, ...], like: Mapping[str, Any]) -> dict[str, Array]:
         """The inverse of `rows_of`, in the shapes and dtypes of some leaves."""
         kernel = like[self.kernel]
         leaves = {self.kernel: self.layout.matrix_to_kernel(rows[0], kernel.shape, self.stack)}
