@@ -180,7 +180,9 @@ def methods() -> list[Method]:
     return [
         Method("SGD-momentum", "", lambda _: optax.sgd(RATE, momentum=0.9)),
         Method("Adam", "", lambda _: optax.adam(RATE)),
+        Method("AdamW", "", lambda _: optax.adamw(RATE)),
         Method("Muon", "", lambda _: optax.contrib.muon(RATE)),
+        Method("tkfacw", "", lambda layers: tkfac.tkfacw(RATE, layers), 1),
         Method(
             "KFAC",
             "",

@@ -241,7 +241,7 @@ def tkfacw(
     weight_decay,
     vectors=(),
     outputs=(),
-    growth=0.2,
+    growth=0.3,
 ):
     """The optimizer of that name, for layers given as matrices whose last row is the bias.
 
@@ -257,7 +257,7 @@ def tkfacw(
       t_fim, t_inv: steps between statistics and inverses.
       vectors: names of the others that are no matrices.
       outputs: names of the layers whose balls grow.
-      growth: by what share of a step that leads out of them.
+      growth: by what share of what a step out of them goes outwards.
     """
     params, others = dict(params), dict(others)
     balls = {
@@ -296,7 +296,7 @@ def tkfacw(
             step = direction / np.linalg.norm(direction) * lengths
             step = -rate(t) * (step + weight_decay * w)
             if name in outputs and np.linalg.norm(w + step) > balls[name]:
-                balls[name] += growth * np.linalg.norm(step)
+                balls[name] += growth * max(np.sum(step * w), 0) / np.linalg.norm(w)
             params[name] = kept(w, step, balls[name])
         for name, w in list(others.items()):
             g = other_gradients[name]

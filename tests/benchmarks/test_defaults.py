@@ -119,11 +119,9 @@ def one_setting_command(monkeypatch, *arguments):
 VARIANTS = (
     "tkfacw",
     "constant",
-    "empirical Fisher",
     "powers 1/2",
     "embeddings, output by Adam",
     "Muon in the ball",
-    "AdamW",
 )
 
 

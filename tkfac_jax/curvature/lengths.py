@@ -72,11 +72,14 @@ def within_ball(
       weights: rows of the weights `W`.
       step: rows of the steps `U`.
       radius: of the balls.
-      growth: where a step would leave a ball, its radius grows first, by this share of the step's length.
+      growth: where a step would leave a ball, its radius grows first, by this share of what the step goes outwards,
+        `<U, W> / ||W||`. What only goes sideways lets no ball grow.
     """
     old, length = norm(weights), norm(step)
     end = norm(tuple(part + more for part, more in zip(weights, step, strict=True)))
-    radius = jnp.where(end > radius, radius + growth * length, radius)
+    product = (end**2 - old**2 - length**2) / 2
+    outwards = jnp.where(old > 0, jnp.maximum(product, 0) / jnp.where(old > 0, old, 1), length)
+    radius = jnp.where(end > radius, radius + growth * outwards, radius)
     outside = end > radius
     scale = jnp.where(outside, radius / jnp.where(outside, end, 1), 1)
     inside = tuple(
@@ -84,7 +87,6 @@ def within_ball(
         for part, more in zip(weights, step, strict=True)
     )
     # ||s U - (1 - s) W||^2 by the law of cosines, so that the step need not be read again.
-    product = (end**2 - old**2 - length**2) / 2
     squared = (scale * length) ** 2 + ((1 - scale) * old) ** 2 - 2 * scale * (1 - scale) * product
     moved = jnp.sqrt(jnp.maximum(squared, 0))
     return Move(inside, radius, jnp.where(old > 0, moved / jnp.where(old > 0, old, 1), 0))

@@ -96,7 +96,7 @@ def scale_by_layer_norm_ratio(
 
 
 def keep_in_norm_ball(
-    layers: Layers, radius: float | Array = 1.0, *, output_growth: float | Array = 0.2
+    layers: Layers, radius: float | Array = 1.0, *, output_growth: float | Array = 0.3
 ) -> optax.GradientTransformation:
     """Shortens each layer's step so that its weights stay in a ball.
 
@@ -106,14 +106,16 @@ def keep_in_norm_ball(
 
     Steps of a length relative to the weights would let these grow without bound. A layer that makes outputs
     (`LayerSpec.makes_outputs`) must reach the scale and the mean of its targets: where a step would lead out of its
-    ball, `R` first grows by `output_growth ||U||_F`. Comes last in a chain, behind the learning rate. Which
-    parameters are matrices, and which pass through unchanged, as in `scale_by_layer_norm_ratio`.
+    ball, `R` first grows by `output_growth` times what the step goes outwards, `<U, W> / ||W||_F`. Comes last in a
+    chain, behind the learning rate. Which parameters are matrices, and which pass through unchanged, as in
+    `scale_by_layer_norm_ratio`.
 
     Args:
       layers: what `find_layers` returned.
       radius: least radius of a ball, by the root of the number of outputs, so that weights of 0 can grow: 1 is about
         the norm of a kernel of the usual initial values. With `inf` there is no ball.
-      output_growth: how much the ball of a layer that makes outputs grows, as a share of a step that leads out of it.
+      output_growth: how much the ball of a layer that makes outputs grows, as a share of what a step out of it goes
+        outwards; 0: not at all.
 
     Returns:
       The transformation; its state is a `NormBallState`, in which `relative_change` tells what the last step did. Its
