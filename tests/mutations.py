@@ -253,6 +253,54 @@ MUTATIONS = (
         "axis = divided_axis(array.shape, mesh.size)",
         ("distributed",),
     ),
+    Mutation(
+        "a direction's length without the least norm of the weights",
+        "own = jnp.maximum(kernel, floor)",
+        "own = kernel",
+        ("layer_lengths",),
+    ),
+    Mutation(
+        "a ball smaller than its first weights",
+        "return jnp.maximum(norm(matrix.rows_of(weights)), radius",
+        "return jnp.minimum(norm(matrix.rows_of(weights)), radius",
+        ("layer_lengths",),
+    ),
+    Mutation(
+        "the balls of all layers grow",
+        "output_growth if matrix.makes_outputs else 0.0",
+        "output_growth",
+        ("layer_lengths",),
+    ),
+    Mutation(
+        "momentum without Nesterov's step ahead",
+        "(decay * m + g).astype(g.dtype)",
+        "m.astype(g.dtype)",
+        ("gradient_moments",),
+    ),
+    Mutation(
+        "Adam's squares with their bias",
+        "squares = squares / (1 - b2**exponent)",
+        "squares = squares / 1",
+        ("gradient_moments",),
+    ),
+    Mutation(
+        "relative damping that does not know the size of a factor",
+        "/ structure.size\n    return add_to_diagonal(structure, own, shift)",
+        "\n    return add_to_diagonal(structure, own, shift)",
+        ("damping",),
+    ),
+    Mutation(
+        "the gradient of one backward pass at the statistics' scale",
+        "lambda leaf: leaf / scale, both.gradient",
+        "lambda leaf: leaf, both.gradient",
+        ("layer_statistics",),
+    ),
+    Mutation(
+        "the first and not the last layer makes the outputs",
+        "found.update(alike[-1:])",
+        "found.update(alike[:1])",
+        ("discovery",),
+    ),
 )
 
 
