@@ -45,7 +45,7 @@ def polar_factor(layers: tkfac.Layers) -> optax.GradientTransformation:
                 new |= matrix.leaves_of(parts, leaves)
         return replace_leaves(updates, new), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformation(optax.identity().init, update)
 
 
 def in_ball(

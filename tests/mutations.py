@@ -255,14 +255,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a direction's length without the least norm of the weights",
-        "own = jnp.maximum(kernel, floor)",
+        "own = jnp.maximum(kernel, jnp.asarray(floor, kernel.dtype))",
         "own = kernel",
         ("layer_lengths",),
     ),
     Mutation(
         "a ball smaller than its first weights",
-        "return jnp.maximum(norm(matrix.rows_of(weights)), radius",
-        "return jnp.minimum(norm(matrix.rows_of(weights)), radius",
+        "return jnp.maximum(start, jnp.asarray(radius",
+        "return jnp.minimum(start, jnp.asarray(radius",
         ("layer_lengths",),
     ),
     Mutation(
@@ -273,8 +273,8 @@ MUTATIONS = (
     ),
     Mutation(
         "momentum without Nesterov's step ahead",
-        "(decay * m + g).astype(g.dtype)",
-        "m.astype(g.dtype)",
+        "plus_gradient(gradient, momentum).astype(gradient.dtype)",
+        "momentum.astype(gradient.dtype)",
         ("gradient_moments",),
     ),
     Mutation(

@@ -8,6 +8,7 @@ from networks import mlp_problem
 
 import tkfac_jax as tkfac
 from tkfac_jax.layers.parameter_matrices import parameter_matrices
+from tkfac_jax.optimizers.gradient_moments import nesterov_momentum, scale_by_adam_without_epsilon
 
 
 class Block(nn.Module):
@@ -209,3 +210,23 @@ def test_messages(make, unchecked):
         transformation.update(UPDATES, state, PARAMS | {"Dense_0": {}})
     with pytest.raises(ValueError, match="do not hold the same parameters"):
         transformation.update(UPDATES, state, PARAMS | {"positions": jnp.ones(3)})
+
+
+def test_no_dtype_and_no_rank_is_promoted_in_silence():
+    """With 64 bits enabled, as here, float32 stays float32."""
+    params, updates = (
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree) for tree in (PARAMS, UPDATES)
+    )
+    transformation = optax.chain(
+        nesterov_momentum(0.9),
+        scale_by_adam_without_epsilon(),
+        tkfac.scale_by_layer_norm_ratio(LAYERS),
+        optax.scale(-0.1),
+        tkfac.keep_in_norm_ball(LAYERS),
+    )
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        state = transformation.init(params)
+        received, after = transformation.update(updates, state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype(jnp.float32)}
+    kinds = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
+    assert kinds[0] == kinds[1]

@@ -20,7 +20,7 @@ def times(scale: Float[Array, "*batch"], part: Array) -> Float[Array, "*batch ro
     return jnp.where(own == 0, 0, own * part)
 
 
-def relative_to(weights: Rows, direction: Rows, floor: Float[Array, ""]) -> Rows:
+def relative_to(weights: Rows, direction: Rows, floor: float | Array) -> Rows:
     """A direction at lengths relative to the weights: `max(||K||, floor) D / ||D||`.
 
     The direction has one length. Rows after the first, those of a bias, are multiplied by their own norm where that is
@@ -36,7 +36,7 @@ def relative_to(weights: Rows, direction: Rows, floor: Float[Array, ""]) -> Rows
     """
     found = norm(direction)
     kernel, *rest = (norm((part,)) for part in weights)
-    own = jnp.maximum(kernel, floor)
+    own = jnp.maximum(kernel, jnp.asarray(floor, kernel.dtype))
     lengths = (own, *(jnp.maximum(other, own) for other in rest))
     usable = (found > 0) & jnp.isfinite(found) & jnp.isfinite(norm(weights))
 

@@ -46,12 +46,18 @@ def nesterov_momentum(decay: float | Array) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MomentumState]:
         del params
 
+        def plus_gradient(gradient: Array, momentum: Array) -> Array:
+            return decay * momentum + gradient.astype(momentum.dtype)
+
         def moved(gradient: Array, momentum: Array) -> Array:
-            return jnp.where(all_finite(gradient), decay * momentum + gradient, momentum)
+            new = plus_gradient(gradient, momentum)
+            return jnp.where(all_finite(gradient), new, momentum)
+
+        def ahead(gradient: Array, momentum: Array) -> Array:
+            return plus_gradient(gradient, momentum).astype(gradient.dtype)
 
         momentum = jax.tree.map(moved, updates, state.momentum)
-        ahead = jax.tree.map(lambda g, m: (decay * m + g).astype(g.dtype), updates, momentum)
-        return ahead, MomentumState(momentum)
+        return jax.tree.map(ahead, updates, momentum), MomentumState(momentum)
 
     return optax.GradientTransformation(init, update)
 

@@ -82,7 +82,7 @@ def scale_by_layer_norm_ratio(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def scaled(matrix: ParameterMatrix, step: Any, weights: Any) -> dict[str, Array]:
-            least = jnp.asarray(floor * matrix.d_out**0.5)
+            least = floor * matrix.d_out**0.5
             rows = relative_to(matrix.rows_of(weights), matrix.rows_of(step), least)
             return matrix.leaves_of(rows, step)
 
@@ -92,7 +92,7 @@ def scale_by_layer_norm_ratio(
             steps |= automatic(function, step, weights, out=specs_of(step))
         return replace_leaves(updates, steps), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformation(optax.identity().init, update)
 
 
 def keep_in_norm_ball(
@@ -147,7 +147,8 @@ def keep_in_norm_ball(
         leaves = named_leaves(params)
 
         def first(matrix: ParameterMatrix, weights: dict[str, Array]) -> Array:
-            return jnp.maximum(norm(matrix.rows_of(weights)), radius * matrix.d_out**0.5)
+            start = norm(matrix.rows_of(weights))
+            return jnp.maximum(start, jnp.asarray(radius * matrix.d_out**0.5, start.dtype))
 
         matrices = parameter_matrices(layers, params, "params")
         found = {

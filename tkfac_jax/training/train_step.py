@@ -101,7 +101,9 @@ def make_train_step(
 
     Returns:
       `step(params, opt_state, *args, targets, key=None, position_mask=None, example_weights=None)`, which returns
-      `(params, opt_state, metrics)`; `metrics` is a dictionary with `loss`, and `aux` if `has_aux`. Only the sampled
+      `(params, opt_state, metrics)`; `metrics` is a dictionary with `loss`, `skipped_statistics` and
+      `failed_inversions` as the state counts them, `relative_change` (the largest of a layer's weights in this step) of
+      `tkfacw`, and `aux` if `has_aux`. Only the sampled
       Fisher needs a `key`; mask and weights as in `sampled_fisher`.
 
     Raises:
@@ -122,8 +124,8 @@ def make_train_step(
       >>> for i in range(3):
       ...     key = jax.random.fold_in(jax.random.key(1), i)
       ...     params, state, metrics = step(params, state, x, targets=y, key=key)
-      >>> list(metrics)
-      ['loss']
+      >>> sorted(metrics)
+      ['failed_inversions', 'loss', 'skipped_statistics']
     """
     check_estimator(estimator)
     check_interval("fisher_interval", fisher_interval)
