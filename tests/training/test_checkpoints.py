@@ -113,3 +113,39 @@ def test_factors_of_other_shapes_are_refused():
         ValueError, match=r"'Dense_0': the state's factors have shapes \(\(28, 28\).*\(\(28,\)"
     ):
         tkfac.scale_by_tkfac(diagonal).update(params, state, params, statistics=None)
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("stack", (4, 3)), ("embedding", (8, 6))])
+def test_states_of_more_are_refused_as_those_of_less_are(kind, numbers):
+    """Arrays are filled up only where they are large enough to be divided over a mesh."""
+
+    def problem(number):
+        if kind == "embedding":
+            model, x = nn.Embed(number, 3), jnp.zeros((2, 4), jnp.int32)
+        else:
+            model, x = Stack(number), jnp.ones((2, 3))
+        params = model.init(jax.random.key(0), x)["params"]
+        return params, tkfac.find_layers(lambda p, x: model.apply({"params": p}, x), params, x)
+
+    more, fewer = map(problem, numbers)
+    for (others, other_layers), (params, layers) in ((more, fewer), (fewer, more)):
+        state = tkfac.scale_by_tkfac(other_layers).init(others)
+        with pytest.raises(ValueError, match="the state's factors have shapes"):
+            tkfac.scale_by_tkfac(layers).update(params, state, params, statistics=None)
+
+
+class OfStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x), None
+
+
+class Stack(nn.Module):
+    number: int
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            OfStack, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.number
+        )
+        return stack()(x)[0]

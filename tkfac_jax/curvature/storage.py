@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from tkfac_jax.curvature.factors import KroneckerFactors
 from tkfac_jax.curvature.inverses import KroneckerInverses
 from tkfac_jax.layers.spec import LayerSpec
-from tkfac_jax.linalg.meshes import place, unfilled
+from tkfac_jax.linalg.meshes import may_be_filled_up, place, unfilled
 
 Factors = dict[str, KroneckerFactors]
 Inverses = dict[str, KroneckerInverses]
@@ -129,7 +129,9 @@ def _may_be_filled(received: tuple[int, ...] | None, expected: tuple[int, ...] |
     """Whether an array has its own shape or, divided over a mesh, one that is filled up along one axis."""
     if received is None or expected is None:
         return received is expected
-    if len(received) != len(expected):
+    if received == expected:
+        return True
+    if len(received) != len(expected) or not may_be_filled_up(expected):
         return False
     more = [have - want for have, want in zip(received, expected, strict=True)]
     return min(more, default=0) >= 0 and sum(extra > 0 for extra in more) <= 1

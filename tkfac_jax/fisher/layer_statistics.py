@@ -285,7 +285,8 @@ def check_statistics(statistics: Any, layers: Layers, rule: Rule) -> None:
                 f"statistics of layer '{name}' are {type(statistics[name]).__name__}; expected "
                 f"{expected_type.__name__}, of the rule {getattr(rule, '__name__', rule)}. Give the Fisher function "
                 "and the optimizer the same rule: rule=tkfac_jax.independent for kfac(...), "
-                "tkfac_jax.trace_restricted, the default, for tkfac(...)."
+                "tkfac_jax.trace_restricted, the default, for tkfac(...); and multi_steps(...) around a wrapper of "
+                "Optax's the plan of the optimizer inside."
             )
             raise ValueError(msg)
         if received != expected:

@@ -116,6 +116,11 @@ def divided_axis(shape: tuple[int, ...], devices: int) -> int | None:
     return even[0] if even else shape.index(max(shape))
 
 
+def may_be_filled_up(shape: tuple[int, ...]) -> bool:
+    """Whether an array of a shape is large enough to be divided, and so to be filled up for that, on some mesh."""
+    return math.prod(shape) >= SMALLEST_DIVIDED
+
+
 def spec_of_shape(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How an array of a state is divided over all axes of a mesh; whole where it cannot be evenly."""
     axis = divided_axis(shape, mesh.size)
