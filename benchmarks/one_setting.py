@@ -17,6 +17,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import argparse
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,11 +322,12 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the final training loss against the rate, as a multiple of the method's own, one plot a task."""
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in NAMES if any(run["task"] == task for run in runs)]
+    runs = [run for run in runs if run["steps"] == TASKS[run["task"]].steps and run["seed"] == 0]
+    methods = Counter((run["task"], run["method"]) for run in runs)
+    tasks = [task for task in NAMES if any(methods[task, name] > 2 for name in VARIANTS)]
     figure, plots = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.6), squeeze=False)
     for plot, task in zip(plots[0], tasks, strict=True):
-        steps = TASKS[task].steps
-        own = [run for run in runs if (run["task"], run["steps"], run["seed"]) == (task, steps, 0)]
+        own = [run for run in runs if run["task"] == task]
         for name in dict.fromkeys(run["method"] for run in own):
             points = sorted(
                 (run["rate"] / VARIANTS[name].rate, run["end"]["train_loss"] or float("nan"))
@@ -334,7 +336,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             )
             if len(points) > 2:
                 plot.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        plot.set(xscale="log", xlabel="rate / the method's own", title=task)
+        plot.set_xscale("log", base=2)
+        plot.set(xlabel="rate / the method's own", title=task)
     plots[0][0].set_ylabel("training loss at the end")
     plots[0][0].legend()
     figure.tight_layout()
