@@ -66,3 +66,13 @@ def test_low_precision_is_averaged_in_float32(name):
     received, state = ours.update(given, ours.init(given))
     assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_what_overflows_in_an_average_does_not_enter_either(name):
+    ours = TRANSFORMATIONS[name][0]()
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PARAMS)
+    given = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients(0))
+    _, state = ours.update(given, ours.init(params))
+    _, after = ours.update(jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), given), state)
+    jax.tree.map(np.testing.assert_array_equal, after, state)

@@ -230,3 +230,16 @@ def test_no_dtype_and_no_rank_is_promoted_in_silence():
     assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype(jnp.float32)}
     kinds = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
     assert kinds[0] == kinds[1]
+
+
+def test_weights_whose_norm_overflows_keep_their_radius():
+    params, updates = (
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree) for tree in (PARAMS, UPDATES)
+    )
+    transformation = tkfac.keep_in_norm_ball(LAYERS, output_growth=0.0)
+    state = transformation.init(params)
+    huge = jax.tree.map(lambda leaf: leaf * 1e20, params)
+    received, after = transformation.update(updates, state, huge)
+    jax.tree.map(np.testing.assert_array_equal, after.radius, state.radius)
+    assert np.isfinite(after.relative_change)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(received))

@@ -79,8 +79,10 @@ def within_ball(
     end = norm(tuple(part + more for part, more in zip(weights, step, strict=True)))
     product = (end**2 - old**2 - length**2) / 2
     outwards = jnp.where(old > 0, jnp.maximum(product, 0) / jnp.where(old > 0, old, 1), length)
-    radius = jnp.where(end > radius, radius + growth * outwards, radius)
-    outside = end > radius
+    grown = radius + growth * outwards
+    # Norms of the largest numbers overflow: then there is nothing to compare with.
+    radius = jnp.where((end > radius) & jnp.isfinite(grown), grown, radius)
+    outside = (end > radius) & jnp.isfinite(end)
     scale = jnp.where(outside, radius / jnp.where(outside, end, 1), 1)
     inside = tuple(
         times(scale, more) - times(1 - scale, part)
@@ -88,7 +90,7 @@ def within_ball(
     )
     # ||s U - (1 - s) W||^2 by the law of cosines, so that the step need not be read again.
     squared = (scale * length) ** 2 + ((1 - scale) * old) ** 2 - 2 * scale * (1 - scale) * product
-    moved = jnp.sqrt(jnp.maximum(squared, 0))
+    moved = jnp.sqrt(jnp.where(jnp.isfinite(squared), jnp.maximum(squared, 0), 0))
     return Move(inside, radius, jnp.where(old > 0, moved / jnp.where(old > 0, old, 1), 0))
 
 

@@ -51,7 +51,7 @@ def nesterov_momentum(decay: float | Array) -> optax.GradientTransformation:
 
         def moved(gradient: Array, momentum: Array) -> Array:
             new = plus_gradient(gradient, momentum)
-            return jnp.where(all_finite(gradient), new, momentum)
+            return jnp.where(all_finite(new), new, momentum)
 
         def ahead(gradient: Array, momentum: Array) -> Array:
             return plus_gradient(gradient, momentum).astype(gradient.dtype)
@@ -82,10 +82,11 @@ def scale_by_adam_without_epsilon(
 
         def moved(gradient: Array, number: Array, first: Array, second: Array) -> _Leaf:
             wide = gradient.astype(first.dtype)
-            good = all_finite(gradient)
             counted = jnp.asarray(optax.safe_increment(number))
             mean = b1 * first + (1 - b1) * wide
             squares = b2 * second + (1 - b2) * (wide * wide)
+            # Squares of finite numbers may overflow.
+            good = all_finite((mean, squares))
             step = _ratio(mean, squares, b1, b2, counted)
             return _Leaf(
                 jnp.where(good, step, 0).astype(gradient.dtype),
