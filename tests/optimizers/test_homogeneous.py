@@ -406,3 +406,28 @@ def test_messages(unchecked):
         optimizer.update(params, optimizer.init(params), statistics=None)
     with pytest.raises(TypeError, match="statistics"):
         optimizer.update(params, optimizer.init(params), params)
+
+
+def test_scaled_gradients_in_float16_are_stepped_along():
+    """Preconditioned, and by momentum, they are larger than what float16 holds."""
+    optimizer = tkfac.tkfacw(0.05, extended()[-1], fisher_interval=1, inverse_interval=1)
+    network, _, x, y, layers = extended()
+    params = as_float32(extended()[1])
+    fisher = tkfac.empirical_fisher(network, tkfac.Categorical(), layers)
+
+    @jax.jit
+    def update(state, gradient):
+        return optimizer.update(
+            gradient, state, params, statistics=lambda: fisher(params, x, targets=y)
+        )
+
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float16), params)
+    large = jax.tree.map(lambda g: g * jnp.float16(4096), gradient)
+    state = others = jax.jit(optimizer.init)(params)
+    for _ in range(5):
+        expected, state = update(state, gradient)
+        received, others = update(others, large)
+    assert int(optax.tree.get(others, "skipped_updates")) == 0
+    assert {leaf.dtype for leaf in jax.tree.leaves(received)} == {jnp.dtype(jnp.float16)}
+    jax.tree.map(np.testing.assert_array_equal, received, expected)

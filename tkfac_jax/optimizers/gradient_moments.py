@@ -24,12 +24,12 @@ class AdamState(NamedTuple):
     """The state of `scale_by_adam_without_epsilon`; gradients that were left out do not count.
 
     Attributes:
-      updates: by parameter, the number of gradients that entered.
+      entered: by parameter, the number of gradients that entered.
       first: their moving average, in at least float32.
       second: that of their squares.
     """
 
-    updates: Any
+    entered: Any
     first: Any
     second: Any
 

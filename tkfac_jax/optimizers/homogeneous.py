@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -66,7 +67,7 @@ def tkfacw(
     depends on the scale of the loss: multiplied by a power of two, it gives the same trajectory, bit by bit.
 
     Until there are factors, and where a layer has no signal, steps go along the momentum. A layer whose gradient or
-    step is not finite makes no step, and its momentum stays.
+    step is not finite makes no step, and no gradient that is not finite enters the average of its parameter.
 
     Args:
       learning_rate: the relative change of a layer's weights in a step, a number or a schedule: 0.04 after a warm-up
@@ -152,7 +153,23 @@ def tkfacw(
     else:
         optimizer = with_fallback(optax.chain(direction, *lengths), fallback, layers)
     # The last to be made, since optax.chain and optax.partition drop the plan.
-    return with_plan(optimizer, preconditioner.plan)
+    return with_plan(_in_float32(optimizer), preconditioner.plan)
+
+
+def _in_float32(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with gradients and directions in at least float32; its updates have the gradients' dtypes.
+
+    Directions have no scale, so that between its parts they would overflow in float16.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
+        steps, state = optimizer.update(wide, state, params, **extra_args)
+        return jax.tree.map(lambda step, g: step.astype(g.dtype), steps, updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def _decay_over_steps(interval: Interval | None) -> Decay:
