@@ -12,9 +12,19 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-Mask = Bool[Array, "batch *positions"] | None
+from tkfac_jax.fisher.positions import (
+    Mask,
+    at_least_float32,
+    check_float,
+    check_shapes,
+    fisher_loss_of_positions,
+    fisher_scale_of_positions,
+    loss_of_positions,
+    one_position,
+    position_weights,
+)
 
 
 @runtime_checkable
@@ -84,7 +94,7 @@ class Categorical:
         Raises:
           ValueError: the targets are not integers or not of the shape of the outputs without classes.
         """
-        return _loss(self._position_nll(outputs, targets), self.average_positions, mask)
+        return loss_of_positions(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def fisher_nll(
         self,
@@ -93,11 +103,13 @@ class Categorical:
         mask: Mask = None,
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
-        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
+        return fisher_loss_of_positions(
+            self._position_nll(outputs, targets), self.average_positions, mask
+        )
 
     def fisher_scale(self, outputs: Float[Array, "batch *positions classes"]) -> float:
         """What `fisher_nll` is a multiple of `nll` by; see `Likelihood`."""
-        return _fisher_scale(outputs.shape[:-1], self.average_positions)
+        return fisher_scale_of_positions(outputs.shape[:-1], self.average_positions)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions classes"]
@@ -116,12 +128,12 @@ class Categorical:
         mask: Mask = None,
     ) -> Float[Array, "batch *positions classes"]:
         """`sqrt(p_k) (e_k - p)` at one position; over the classes k they make `diag(p) - p p^T`."""
-        logits = _at_least_float32(outputs)
+        logits = at_least_float32(outputs)
         classes = logits.shape[-1]
         p = jax.nn.softmax(logits)
         chosen = jax.nn.one_hot(index % classes, classes, dtype=p.dtype)
         vectors = jnp.sqrt(jnp.sum(p * chosen, -1, keepdims=True)) * (chosen - p)
-        here = _one_position(
+        here = one_position(
             logits.shape[:-1], index // classes, self.average_positions, mask, p.dtype
         )
         return (vectors * here[..., None]).astype(outputs.dtype)
@@ -133,18 +145,18 @@ class Categorical:
         mask: Mask = None,
     ) -> Float[Array, "batch *positions classes"]:
         """`(diag(p) - p p^T) t` at each position."""
-        p, t = jax.nn.softmax(_at_least_float32(outputs)), _at_least_float32(tangents)
+        p, t = jax.nn.softmax(at_least_float32(outputs)), at_least_float32(tangents)
         products = p * (t - jnp.sum(p * t, axis=-1, keepdims=True))
-        weights = _position_weights(outputs.shape[:-1], self.average_positions, mask, p.dtype)
+        weights = position_weights(outputs.shape[:-1], self.average_positions, mask, p.dtype)
         return products * weights[..., None]
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
-        _check_float("Categorical", outputs)
+        check_float("Categorical", outputs)
         if not jnp.issubdtype(targets.dtype, jnp.integer):
             msg = f"Categorical expects integer class indices as targets; got {targets.dtype}."
             raise ValueError(msg)
-        _check_shapes("Categorical", outputs.shape[:-1], targets.shape)
-        logits = _at_least_float32(outputs)
+        check_shapes("Categorical", outputs.shape[:-1], targets.shape)
+        logits = at_least_float32(outputs)
         # Optax looks the label's logit up, and JAX cannot differentiate a lookup in logits that are divided
         # over explicit mesh axes. Wrong labels give NaN, and negative ones count from the end, there as here.
         classes = logits.shape[-1]
@@ -185,17 +197,19 @@ class Bernoulli:
         Raises:
           ValueError: outputs that are not floating point, or targets of another shape.
         """
-        return _loss(self._position_nll(outputs, targets), self.average_positions, mask)
+        return loss_of_positions(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def fisher_nll(
         self, outputs: Float[Array, "batch *positions"], targets: Array, mask: Mask = None
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
-        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
+        return fisher_loss_of_positions(
+            self._position_nll(outputs, targets), self.average_positions, mask
+        )
 
     def fisher_scale(self, outputs: Float[Array, "batch *positions"]) -> float:
         """What `fisher_nll` is a multiple of `nll` by; see `Likelihood`."""
-        return _fisher_scale(outputs.shape, self.average_positions)
+        return fisher_scale_of_positions(outputs.shape, self.average_positions)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Float[Array, "batch *positions"]
@@ -211,8 +225,8 @@ class Bernoulli:
         self, outputs: Float[Array, "batch *positions"], index: Int[Array, ""], mask: Mask = None
     ) -> Float[Array, "batch *positions"]:
         """`sqrt(p (1 - p))` at one position: the Fisher is diagonal."""
-        p = jax.nn.sigmoid(_at_least_float32(outputs))
-        here = _one_position(p.shape, index, self.average_positions, mask, p.dtype)
+        p = jax.nn.sigmoid(at_least_float32(outputs))
+        here = one_position(p.shape, index, self.average_positions, mask, p.dtype)
         return (jnp.sqrt(p * (1 - p)) * here).astype(outputs.dtype)
 
     def fisher_product(
@@ -222,14 +236,14 @@ class Bernoulli:
         mask: Mask = None,
     ) -> Float[Array, "batch *positions"]:
         """`p (1 - p) t` at each position."""
-        p = jax.nn.sigmoid(_at_least_float32(outputs))
-        weights = _position_weights(outputs.shape, self.average_positions, mask, p.dtype)
+        p = jax.nn.sigmoid(at_least_float32(outputs))
+        weights = position_weights(outputs.shape, self.average_positions, mask, p.dtype)
         return p * (1 - p) * weights * tangents
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
-        _check_float("Bernoulli", outputs)
-        _check_shapes("Bernoulli", outputs.shape, targets.shape)
-        logits = _at_least_float32(outputs)
+        check_float("Bernoulli", outputs)
+        check_shapes("Bernoulli", outputs.shape, targets.shape)
+        logits = at_least_float32(outputs)
         return optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
 
 
@@ -274,7 +288,7 @@ class Normal:
         Raises:
           ValueError: outputs or targets that are not floating point, or targets of another shape.
         """
-        return _loss(self._position_nll(outputs, targets), self.average_positions, mask)
+        return loss_of_positions(self._position_nll(outputs, targets), self.average_positions, mask)
 
     def fisher_nll(
         self,
@@ -283,17 +297,19 @@ class Normal:
         mask: Mask = None,
     ) -> Float[Array, " batch"]:
         """The loss whose derivatives make the Fisher; see `Likelihood`."""
-        return _fisher_loss(self._position_nll(outputs, targets), self.average_positions, mask)
+        return fisher_loss_of_positions(
+            self._position_nll(outputs, targets), self.average_positions, mask
+        )
 
     def fisher_scale(self, outputs: Num[Array, "batch *positions"]) -> float:
         """What `fisher_nll` is a multiple of `nll` by; see `Likelihood`."""
-        return _fisher_scale(outputs.shape, self.average_positions)
+        return fisher_scale_of_positions(outputs.shape, self.average_positions)
 
     def sample(
         self, key: PRNGKeyArray | Array, outputs: Num[Array, "batch *positions"]
     ) -> Float[Array, "batch *positions"]:
         """Values drawn around the means with the variance."""
-        _check_float("Normal", outputs)
+        check_float("Normal", outputs)
         deviation = jnp.sqrt(jnp.asarray(self.variance, outputs.dtype))
         return outputs + deviation * jax.random.normal(key, outputs.shape, outputs.dtype)
 
@@ -305,8 +321,8 @@ class Normal:
         self, outputs: Num[Array, "batch *positions"], index: Int[Array, ""], mask: Mask = None
     ) -> Float[Array, "batch *positions"]:
         """`1 / sqrt(variance)` at one position."""
-        dtype = _at_least_float32(outputs).dtype
-        here = _one_position(outputs.shape, index, self.average_positions, mask, dtype)
+        dtype = at_least_float32(outputs).dtype
+        here = one_position(outputs.shape, index, self.average_positions, mask, dtype)
         return (here / jnp.sqrt(jnp.asarray(self.variance, dtype))).astype(outputs.dtype)
 
     def fisher_product(
@@ -316,90 +332,14 @@ class Normal:
         mask: Mask = None,
     ) -> Float[Array, "batch *positions"]:
         """`t / variance` at each position."""
-        dtype = _at_least_float32(outputs).dtype
-        weights = _position_weights(outputs.shape, self.average_positions, mask, dtype)
+        dtype = at_least_float32(outputs).dtype
+        weights = position_weights(outputs.shape, self.average_positions, mask, dtype)
         return tangents * (weights / jnp.asarray(self.variance, dtype))
 
     def _position_nll(self, outputs: Array, targets: Array) -> Array:
-        _check_float("Normal", outputs)
-        _check_float("Normal", targets, "targets")
-        _check_shapes("Normal", outputs.shape, targets.shape)
-        means = _at_least_float32(outputs)
+        check_float("Normal", outputs)
+        check_float("Normal", targets, "targets")
+        check_shapes("Normal", outputs.shape, targets.shape)
+        means = at_least_float32(outputs)
         squares = (targets.astype(means.dtype) - means) ** 2 / self.variance
         return 0.5 * (squares + jnp.log(2 * math.pi * self.variance))
-
-
-def _loss(position_nll: Array, average: bool, mask: Mask) -> Array:
-    axes = tuple(range(1, position_nll.ndim))
-    total = _masked(position_nll, mask).sum(axes)
-    return total / _num_positions(position_nll.shape, mask, total.dtype) if average else total
-
-
-def _fisher_loss(position_nll: Array, average: bool, mask: Mask) -> Array:
-    total = _loss(position_nll, False, mask)
-    # Positions are independent given the outputs, so derivatives scaled by 1/sqrt(positions) have
-    # the mean of the positions' Fishers as their second moment.
-    if average:
-        return total / jnp.sqrt(_num_positions(position_nll.shape, mask, total.dtype))
-    return total
-
-
-def _fisher_scale(shape: tuple[int, ...], average: bool) -> float:
-    return math.sqrt(max(math.prod(shape[1:]), 1)) if average else 1.0
-
-
-def _masked(values: Array, mask: Mask) -> Array:
-    if mask is None:
-        return values
-    _check_shapes("position_mask", values.shape, mask.shape, "the mask has")
-    return jnp.where(mask, values, 0)
-
-
-def _num_positions(shape: tuple[int, ...], mask: Mask, dtype: Any) -> Array:
-    """The number of positions of each example that are not padding, at least 1."""
-    if mask is None:
-        return jnp.asarray(max(math.prod(shape[1:]), 1), dtype)
-    counted = jnp.asarray(mask, bool).sum(tuple(range(1, len(shape))))
-    return jnp.maximum(counted, 1).astype(dtype)
-
-
-def _one_position(
-    shape: tuple[int, ...], index: Array, average: bool, mask: Mask, dtype: Any
-) -> Array:
-    """1 at one position of each example and 0 elsewhere; scaled, for averaged positions, as their Fisher asks."""
-    here = jax.nn.one_hot(index, math.prod(shape[1:]), dtype=dtype).reshape(1, *shape[1:])
-    here = _masked(jnp.broadcast_to(here, shape), mask)
-    if not average:
-        return here
-    scale = jnp.sqrt(_num_positions(shape, mask, dtype))
-    return here / scale.reshape(-1, *(1,) * (len(shape) - 1))
-
-
-def _position_weights(shape: tuple[int, ...], average: bool, mask: Mask, dtype: Any) -> Array:
-    """What the Fisher of each position counts for in that of its example."""
-    counted = _masked(jnp.ones(shape, dtype), mask)
-    if not average:
-        return counted
-    number = _num_positions(shape, mask, dtype)
-    return counted / number.reshape(-1, *(1,) * (len(shape) - 1))
-
-
-def _at_least_float32(outputs: Array) -> Array:
-    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
-
-
-def _check_float(name: str, array: Array, role: str = "outputs") -> None:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        msg = (
-            f"{name} expects floating-point {role}; got {array.dtype}. "
-            f"Convert them with .astype(jnp.float32) if they are real numbers."
-        )
-        raise ValueError(msg)
-
-
-def _check_shapes(
-    name: str, expected: tuple[int, ...], received: tuple[int, ...], what: str = "targets have"
-) -> None:
-    if expected != received or not expected:
-        msg = f"{name}: {what} shape {received}; the outputs ask for {expected or '(batch, ...)'}."
-        raise ValueError(msg)
